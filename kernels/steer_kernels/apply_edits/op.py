@@ -1,0 +1,59 @@
+"""The custom op that a compiled model calls after each armed layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from steer_kernels.apply_edits.edits import TopKEncoder
+from steer_kernels.apply_edits.torch_path import PreparedEdits, apply_prepared
+
+
+class Site:
+    """An armed hook point and what the current forward needs there."""
+
+    def __init__(self, rows: torch.Tensor, encoders: Sequence[TopKEncoder] = ()) -> None:
+        self.rows = rows
+        self.encoders = encoders
+        self.edits: PreparedEdits | None = None
+        self.runs = 0
+        """How often edits were applied here; the engine compares it with what it asked for."""
+
+    def apply(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+        if self.edits is not None:
+            apply_prepared(hidden, residual, self.rows, self.edits, self.encoders)
+            self.runs += 1
+
+
+_bound: Sequence[Site] = ()
+
+
+def bind_sites(sites: Sequence[Site]) -> None:
+    """Make `sites` the ones that the op's `site` argument indexes, from now on and in this process.
+
+    The index is a constant of the compiled graph, which vLLM caches on disk and loads in other processes, so it must
+    mean the same everywhere: the engine numbers its sites from 0 and binds its own before each forward.
+    """
+    global _bound
+    _bound = sites
+
+
+def _apply_edits(hidden: torch.Tensor, residual: torch.Tensor | None, site: int) -> None:
+    if site < len(_bound):
+        _bound[site].apply(hidden, residual)
+
+
+def _apply_edits_fake(hidden: torch.Tensor, residual: torch.Tensor | None, site: int) -> None:
+    return None
+
+
+# In place on the layer's own output: Inductor then calls the op on that buffer and allocates nothing, where a
+# functional op would copy the stream at every layer of every idle step.
+_library = torch.library.Library("steer_kernels", "FRAGMENT")
+_library.define("apply_edits(Tensor(a!) hidden, Tensor? residual, int site) -> ()")
+_library.impl("apply_edits", _apply_edits, "CompositeExplicitAutograd")
+torch.library.register_fake("steer_kernels::apply_edits", _apply_edits_fake, lib=_library)
+
+apply_edits = torch.ops.steer_kernels.apply_edits
+"""apply_edits(hidden, residual, site): edit `hidden` [tokens, d_model] in place at bound site number `site`."""

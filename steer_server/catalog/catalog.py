@@ -1,0 +1,53 @@
+"""The SAEs that a server knows by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sae_models import SAE, SAEFormatError, load
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
+
+
+class CatalogError(ValueError):
+    """A catalog that the operator asked for and that cannot be had."""
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """saes: SAE by the name that requests use."""
+
+    saes: Mapping[str, SAE]
+
+    def by_hash(self) -> dict[str, SAE]:
+        """SAE by SHA-256, as plans name them."""
+        return {sae.sha256: sae for sae in self.saes.values()}
+
+
+def open_catalog(paths: Iterable[tuple[str, str]], d_model: int, layers: Iterable[int]) -> Catalog:
+    """Open the SAEs at `paths` (name, folder) and check that each fits the model.
+
+    d_model: width of the residual stream. layers: the armed decoder layers. Raises CatalogError.
+    """
+    armed = frozenset(layers)
+    saes: dict[str, SAE] = {}
+    for name, path in paths:
+        if NAME.fullmatch(name) is None or len(name) > 128:
+            raise CatalogError(f"SAE name {name!r}: use letters, digits, '.', '_', '-' and '/', 128 characters at most")
+        if name in saes:
+            raise CatalogError(f"SAE name {name!r} is given twice")
+        try:
+            sae = load(Path(path))
+        except SAEFormatError as error:
+            raise CatalogError(f"SAE {name!r}: {error}") from None
+        if sae.d_in != d_model:
+            raise CatalogError(f"SAE {name!r} is for d_model={sae.d_in}, the model has {d_model}")
+        if sae.hook_point.layer not in armed:
+            raise CatalogError(
+                f"SAE {name!r} acts at {sae.hook_point}, which is not armed; armed layers: {sorted(armed)}"
+            )
+        saes[name] = sae
+    return Catalog(saes)

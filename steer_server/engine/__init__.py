@@ -1,0 +1,1 @@
+"""The vLLM side: admission, row bank, per-step tables, receipts, self-test."""

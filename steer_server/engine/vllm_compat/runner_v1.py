@@ -1,0 +1,193 @@
+"""Seam: the V1 model runner. Requests enter and leave, and each forward finds its sites armed."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.logger import init_logger
+
+from steer_server.engine.self_test import LayerCheck, Observation, run_self_test
+from steer_server.engine.vllm_compat.decoder_layers import arm, find_decoder_layers, stream_parts
+from steer_server.engine.vllm_compat.engine_config import steering_config
+from steer_server.engine.vllm_compat.engine_core import wire_plan
+from steer_server.engine.vllm_compat.patching import when_imported, wrap
+from steer_server.engine.worker import WorkerSteering
+from steer_server.plan import decode_plan
+
+logger = init_logger(__name__)
+
+
+def install() -> None:
+    when_imported("vllm.v1.worker.gpu_model_runner", _install_runner)
+    when_imported("vllm.v1.worker.cpu_model_runner", _install_cpu_runner)
+    when_imported("vllm.v1.worker.gpu_worker", _install_gpu_worker)
+    when_imported("vllm.v1.worker.cpu_worker", _install_cpu_worker)
+    when_imported("vllm.v1.worker.worker_base", _install_worker_base)
+
+
+def _install_runner(module: ModuleType) -> None:
+    runner = module.GPUModelRunner
+    wrap(runner, "load_model", (), _load_model)
+    wrap(runner, "_update_states", ("scheduler_output",), _update_states)
+    wrap(runner, "_model_forward", ("input_ids", "positions"), _model_forward)
+    wrap(runner, "sample_tokens", (), _sample_tokens)
+
+
+def _install_cpu_runner(module: ModuleType) -> None:
+    wrap(module.CPUModelRunner, "load_model", (), _load_model)
+
+
+def _install_gpu_worker(module: ModuleType) -> None:
+    wrap(module.Worker, "compile_or_warm_up_model", (), _compile_or_warm_up_model)
+
+
+def _install_cpu_worker(module: ModuleType) -> None:
+    wrap(module.CPUWorker, "compile_or_warm_up_model", (), _compile_or_warm_up_model)
+
+
+def _install_worker_base(module: ModuleType) -> None:
+    module.WorkerBase.steering_self_test = _self_test_result
+
+
+def _load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    original(self, *args, **kwargs)
+    config = steering_config(self.vllm_config)
+    self.steering = None
+    if config is None:
+        return
+    layers = find_decoder_layers(self.get_model(), config.n_layers)
+    arm(layers, config.layers, config.d_model)
+    # Here, so that it is part of what vLLM finds in use when it sizes the KV cache.
+    self.steering = WorkerSteering(config, self.model_config.dtype, self.device)
+    logger.info(
+        "Steering: %d of %d decoder layers armed; %d SAE(s): %s; row bank of %d rows (%d edits a request), %.1f MiB",
+        len(config.layers),
+        config.n_layers,
+        len(config.saes),
+        ", ".join(name for name, _ in config.saes) or "none",
+        config.rows,
+        config.max_edits,
+        self.steering.nbytes / 2**20,
+    )
+
+
+def _update_states(original: Any, self: Any, scheduler_output: Any) -> Any:
+    steering: WorkerSteering | None = self.steering
+    if steering is not None:
+        for request_id in scheduler_output.finished_req_ids:
+            steering.remove_request(request_id)
+        for new in scheduler_output.scheduled_new_reqs:
+            encoded = wire_plan(new.sampling_params)
+            if encoded is not None:
+                steering.add_request(new.req_id, decode_plan(encoded), new.prompt_len)
+    return original(self, scheduler_output)
+
+
+def _model_forward(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    steering: WorkerSteering | None = self.steering
+    if steering is None or not steering.has_requests:
+        return original(self, *args, **kwargs)
+    batch = self.input_batch
+    n = batch.num_reqs
+    counts = np.diff(self.query_start_loc.np[: n + 1])
+    steering.begin_step(batch.req_ids, batch.num_computed_tokens_cpu[:n], counts)
+    try:
+        return original(self, *args, **kwargs)
+    finally:
+        steering.end_step()
+
+
+def _sample_tokens(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    output = original(self, *args, **kwargs)
+    report = None if self.steering is None else self.steering.take_report()
+    if report is not None:
+        # Asynchronous scheduling wraps the output that the scheduler will see.
+        getattr(output, "_model_runner_output", output).steering_report = report
+    return output
+
+
+def _compile_or_warm_up_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    result = original(self, *args, **kwargs)
+    runner = self.model_runner
+    steering: WorkerSteering | None = runner.steering
+    if steering is not None:
+        runner.steering_checks = _self_test(runner, steering)
+        logger.info("Steering self-test passed at %d layers", len(runner.steering_checks))
+    return result
+
+
+def _self_test_result(self: Any) -> list[dict[str, object]]:
+    """Worker method for `collective_rpc("steering_self_test")`: the start-up checks, one for each armed layer."""
+    checks: list[LayerCheck] = getattr(self.model_runner, "steering_checks", [])
+    return [check.as_dict() for check in checks]
+
+
+def _self_test(runner: Any, steering: WorkerSteering) -> list[LayerCheck]:
+    from vllm.config import CompilationMode
+
+    config = steering.config
+    layers = find_decoder_layers(runner.get_model(), config.n_layers)
+    armed = [(index, layers[index]) for index in config.layers]
+
+    def run(tokens: int, compiled: bool) -> Observation:
+        before: list[torch.Tensor] = []
+        after: list[torch.Tensor] = []
+
+        def watch(into: list[torch.Tensor], index: int) -> Any:
+            def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+                hidden, residual = stream_parts(output, index, config.d_model)
+                into.append(hidden.float().clone() if residual is None else hidden.float() + residual.float())
+
+            return hook
+
+        handles = []
+        if not compiled:
+            for index, layer in armed:
+                handles.append(layer.register_forward_hook(watch(before, index), prepend=True))
+                handles.append(layer.register_forward_hook(watch(after, index)))
+        try:
+            final = _run_tokens(runner, tokens, compiled)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return Observation(before, after, final)
+
+    compiled = runner.compilation_config.mode != CompilationMode.NONE
+    return run_self_test(config.layers, config.d_model, runner.model_config.dtype, runner.device, run, compiled)
+
+
+@torch.inference_mode()
+def _run_tokens(runner: Any, tokens: int, compiled: bool) -> torch.Tensor:
+    """The model's output [tokens, d_model] for `tokens` copies of one token that do not see each other."""
+    from vllm.forward_context import set_forward_context
+
+    positions = torch.zeros(tokens, dtype=torch.int64, device=runner.device)
+    if runner.uses_mrope:
+        positions = positions.expand(3, -1)
+    attention = [
+        layer.impl
+        for layer in runner.compilation_config.static_forward_context.values()
+        if hasattr(getattr(layer, "impl", None), "forward")
+    ]
+    try:
+        # Without metadata some attention backends leave their output as it was allocated.
+        for impl in attention:
+            impl.forward = _no_attention
+        with set_forward_context(None, runner.vllm_config, num_tokens=tokens, skip_compiled=not compiled):
+            output = runner.get_model()(
+                input_ids=torch.ones(tokens, dtype=torch.int32, device=runner.device),
+                positions=positions,
+                intermediate_tensors=None,
+                inputs_embeds=None,
+            )
+    finally:
+        for impl in attention:
+            del impl.forward
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _no_attention(*args: Any, output: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+    return None if output is None else output.zero_()

@@ -1,0 +1,59 @@
+"""What steering cannot do exactly yet is refused when the server starts, with what to change."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from steer_server.engine.config import ConfigError, ModelFacts
+
+
+def is_steerable(vllm_config: Any) -> bool:
+    """Whether this engine generates text at all; pooling models have nothing to steer."""
+    model = vllm_config.model_config
+    return model is not None and model.runner_type == "generate"
+
+
+def refuse_unsupported(vllm_config: Any) -> None:
+    """Raise ConfigError where this engine's configuration would make steering inexact."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    refusals = [
+        (
+            vllm_config.use_v2_model_runner,
+            "the V2 model runner. Set VLLM_USE_V2_MODEL_RUNNER=0 to serve with the V1 runner",
+        ),
+        (os.environ.get("VLLM_USE_RUST_FRONTEND") == "1", "the Rust front end. Unset VLLM_USE_RUST_FRONTEND"),
+        (vllm_config.speculative_config is not None, "speculative decoding. Leave out --speculative-config"),
+        (parallel.pipeline_parallel_size > 1, "pipeline parallelism. Use --tensor-parallel-size instead"),
+        (getattr(parallel, "prefill_context_parallel_size", 1) > 1, "prefill context parallelism"),
+        (getattr(parallel, "use_ubatching", False), "dual-batch overlap. Leave out --enable-dbo"),
+        (vllm_config.kv_transfer_config is not None, "KV connectors. Leave out --kv-transfer-config"),
+        (
+            vllm_config.cache_config.kv_sharing_fast_prefill,
+            "KV-sharing fast prefill. Leave out --kv-sharing-fast-prefill",
+        ),
+        (model.enable_sleep_mode, "sleep mode. Leave out --enable-sleep-mode"),
+        (model.is_encoder_decoder, "encoder-decoder models"),
+        (getattr(model, "is_diffusion", False), "diffusion language models"),
+        (
+            getattr(vllm_config.compilation_config.pass_config, "enable_sp", False),
+            "sequence parallelism. Set enable_sp to false in --compilation-config",
+        ),
+    ]
+    for present, what in refusals:
+        if present:
+            raise ConfigError(
+                f"Steer Server {'cannot steer with' if '.' not in what else 'does not support'} {what}. "
+                "To serve without steering, take steer_server out of VLLM_PLUGINS."
+            )
+
+
+def model_facts(vllm_config: Any) -> ModelFacts:
+    model = vllm_config.model_config
+    return ModelFacts(
+        name=model.model,
+        d_model=model.get_hidden_size(),
+        n_layers=model.hf_text_config.num_hidden_layers,
+        max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
+        frontends=vllm_config.parallel_config._api_process_count,
+    )

@@ -1,0 +1,224 @@
+"""Steering inside a worker: which rows act on which tokens of the forward that is about to run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sae_models import SAE
+from steer_kernels.apply_edits import Site, SiteEdits, TopKEncoder, bind_sites, prepare_edits
+from steer_server.catalog import open_catalog
+from steer_server.engine.config import SteeringConfig
+from steer_server.engine.row_bank import Row, RowBank
+from steer_server.plan import DecoderRow, EncoderRow, InlineRow, Plan, RowRef
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one forward did.
+
+    spans: positions [start, end) computed with their edits, by request. missing_layers: armed layers that had work in
+    this forward and did not do it.
+    """
+
+    spans: dict[str, tuple[int, int]]
+    missing_layers: list[int]
+
+
+@dataclass(frozen=True)
+class _Request:
+    plan: Plan
+    prompt_len: int
+    refs: frozenset[RowRef]
+
+
+@dataclass(frozen=True)
+class _Edits:
+    """Edits of requests in a batch, their rows in the bank.
+
+    first, end: the positions of its sequence that an edit targets. site: where it acts. owner: whose it is, as a place
+    in the batch's steered requests. rows: everything else; its spans are filled in for each forward.
+    """
+
+    first: npt.NDArray[np.int64]
+    end: npt.NDArray[np.int64]
+    site: npt.NDArray[np.int64]
+    owner: npt.NDArray[np.int64]
+    rows: SiteEdits
+
+    @staticmethod
+    def concatenate(parts: list[_Edits]) -> _Edits:
+        return _Edits(
+            first=np.concatenate([part.first for part in parts]),
+            end=np.concatenate([part.end for part in parts]),
+            site=np.concatenate([part.site for part in parts]),
+            owner=np.repeat(np.arange(len(parts)), [len(part.first) for part in parts]),
+            rows=SiteEdits.concatenate([part.rows for part in parts]),
+        )
+
+
+class WorkerSteering:
+    """The row bank, the sites and the requests of one worker."""
+
+    def __init__(self, config: SteeringConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self.config = config
+        self._device = device
+        self._saes: dict[str, SAE] = open_catalog(config.saes, config.d_model, config.layers).by_hash()
+        self.bank = RowBank(config.rows, config.d_model, dtype, device)
+        self.encoders, self._encoder_index = _topk_encoders(self._saes, device)
+        self.sites = [Site(self.bank.rows, self.encoders) for _ in config.layers]
+        self._site_of_layer = {layer: i for i, layer in enumerate(config.layers)}
+        self._requests: dict[str, _Request] = {}
+        self._batch: dict[str, _Edits] = {}
+        self._edits: _Edits | None = None
+        self._table_key: tuple[bytes, ...] | None = None
+        self._active: list[int] = []
+        self._spans: dict[str, tuple[int, int]] = {}
+        self._report: StepReport | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held for steering on the device."""
+        encoders = sum(e.W_enc.nbytes + e.b_enc.nbytes for e in self.encoders)
+        return self.bank.nbytes + encoders
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self._requests)
+
+    def add_request(self, request_id: str, plan: Plan, prompt_len: int) -> None:
+        self._requests[request_id] = _Request(plan, prompt_len, plan.row_refs())
+
+    def remove_request(self, request_id: str) -> None:
+        """Forget a finished request; its rows leave with the batch that it is no longer part of."""
+        if request_id in self._batch:
+            self._enter([i for i in self._batch if i != request_id])
+        self._requests.pop(request_id, None)
+
+    def begin_step(
+        self, request_ids: Sequence[str], starts: npt.NDArray[np.integer], counts: npt.NDArray[np.integer]
+    ) -> None:
+        """Arm the sites for a forward over the tokens of `request_ids`, laid out one request after the other.
+
+        starts: the position of each request's first token in this forward. counts: how many tokens it has.
+        """
+        index = [i for i, request_id in enumerate(request_ids) if request_id in self._requests]
+        ids = [request_ids[i] for i in index]
+        if ids != list(self._batch):
+            self._enter(ids)
+        start = np.asarray(starts, dtype=np.int64)[index]
+        count = np.asarray(counts, dtype=np.int64)[index]
+        token = (np.cumsum(counts, dtype=np.int64) - counts)[index]
+        self._spans = {
+            request_id: (int(a), int(a + n)) for request_id, a, n in zip(ids, start, count, strict=True)
+        }
+        self._fill(start, count, token)
+        for i in self._active:
+            self.sites[i].runs = 0
+        bind_sites(self.sites)
+
+    def end_step(self) -> None:
+        """Disarm the sites: whatever vLLM runs between steps (warm-up, dummy batches) is not steered."""
+        bind_sites(())
+        missing = [self.config.layers[i] for i in self._active if self.sites[i].runs != 1]
+        self._report = StepReport(self._spans, missing) if self._spans else None
+
+    def take_report(self) -> StepReport | None:
+        """What the last forward did, once; None where it held no steered request."""
+        report, self._report = self._report, None
+        return report
+
+    def _fill(
+        self, start: npt.NDArray[np.int64], count: npt.NDArray[np.int64], token: npt.NDArray[np.int64]
+    ) -> None:
+        if self._edits is None:
+            return
+        edits = self._edits
+        first = np.maximum(edits.first, start[edits.owner])
+        end = np.minimum(edits.end, (start + count)[edits.owner])
+        acting = first < end
+        offset = (token - start)[edits.owner]
+        token_start, token_stop = (first + offset)[acting], (end + offset)[acting]
+        key = (acting.tobytes(), token_start.tobytes(), token_stop.tobytes())
+        if key == self._table_key:
+            # The same edits on the same rows of the batch as in the last step, as in most of decoding.
+            return
+        self._clear_table()
+        self._table_key = key
+        rows, site = edits.rows.take(acting), edits.site[acting]
+        rows.start[:], rows.stop[:] = token_start, token_stop
+        self._active = [int(i) for i in np.unique(site)]
+        for i in self._active:
+            self.sites[i].edits = prepare_edits(rows.take(site == i), self._device)
+
+    def _clear_table(self) -> None:
+        for i in self._active:
+            self.sites[i].edits = None
+        self._active = []
+        self._table_key = None
+
+    def _enter(self, ids: list[str]) -> None:
+        """Make `ids` the steered requests of the batch: rows of those that left are released, then new ones taken."""
+        for request_id in self._batch.keys() - set(ids):
+            self.bank.release(self._requests[request_id].refs)
+        self._batch = {i: self._batch[i] if i in self._batch else self._place(self._requests[i]) for i in ids}
+        placed = [part for part in self._batch.values() if len(part.first)]
+        self._edits = _Edits.concatenate(list(self._batch.values())) if placed else None
+        self._clear_table()
+
+    def _place(self, request: _Request) -> _Edits:
+        """Bring a request's rows into the bank and number its edits by them."""
+        plan = request.plan
+        self.bank.acquire(request.refs, lambda ref: self._read(ref, plan.rows))
+        edits = plan.edits
+        intervals = np.array([e.target.interval(request.prompt_len) for e in edits], dtype=np.int64).reshape(-1, 2)
+        read = np.array([-1 if e.read is None else self.bank.slot(e.read) for e in edits], dtype=np.int64)
+        response = np.array(
+            [(e.response.scale, e.response.shift, e.response.low, e.response.high) for e in edits], dtype=np.float32
+        ).reshape(-1, 4)
+        encoder = [self._encoder_index.get(e.read.sae, -1) if isinstance(e.read, EncoderRow) else -1 for e in edits]
+        return _Edits(
+            first=intervals[:, 0],
+            end=intervals[:, 1],
+            site=np.array([self._site_of_layer[e.layer] for e in edits], dtype=np.int64),
+            owner=np.zeros(len(edits), dtype=np.int64),
+            rows=SiteEdits(
+                start=np.zeros(len(edits), dtype=np.int64),
+                stop=np.zeros(len(edits), dtype=np.int64),
+                read=read,
+                write=np.array([self.bank.slot(e.write) for e in edits], dtype=np.int64),
+                bias=self.bank.bias[read],
+                threshold=self.bank.threshold[read],
+                scale=response[:, 0],
+                shift=response[:, 1],
+                low=response[:, 2],
+                high=response[:, 3],
+                encoder=np.array(encoder, dtype=np.int64),
+                feature=np.array([getattr(e.read, "feature", 0) for e in edits], dtype=np.int64),
+                preserve_norm=np.full(len(edits), plan.preserve_norm),
+            ),
+        )
+
+    def _read(self, ref: RowRef, inline: dict[str, bytes]) -> Row:
+        if isinstance(ref, InlineRow):
+            return Row(torch.frombuffer(bytearray(inline[ref.sha256]), dtype=torch.float32))
+        rows = self._saes[ref.sae].rows(ref.feature)
+        if isinstance(ref, DecoderRow):
+            return Row(rows.decoder)
+        return Row(rows.encoder, rows.bias, rows.threshold)
+
+
+def _topk_encoders(saes: dict[str, SAE], device: torch.device) -> tuple[list[TopKEncoder], dict[str, int]]:
+    """The whole encoders of the TopK SAEs, which alone need them, and their numbers by SHA-256."""
+    encoders: list[TopKEncoder] = []
+    index: dict[str, int] = {}
+    for sha256, sae in saes.items():
+        if sae.k is not None:
+            W_enc, b_enc = sae.encoder()
+            index[sha256] = len(encoders)
+            encoders.append(TopKEncoder(W_enc.to(device), b_enc.to(device), sae.k))
+    return encoders, index

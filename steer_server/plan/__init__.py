@@ -1,0 +1,40 @@
+"""From a spec and a catalog to an immutable plan: edit rows per layer, fingerprint, cache keys."""
+
+from steer_server.plan.cache_keys import BlockKeys
+from steer_server.plan.limits import Limits
+from steer_server.plan.plan import (
+    DecoderRow,
+    Edit,
+    EncoderRow,
+    InlineRow,
+    Plan,
+    Response,
+    RowRef,
+    Target,
+    decode_plan,
+    encode_plan,
+)
+from steer_server.plan.receipt import AppliedEntry, Receipt, TokenSpans, applied_tokens
+from steer_server.plan.resolve import Entry, Resolved, resolve
+
+__all__ = [
+    "AppliedEntry",
+    "BlockKeys",
+    "DecoderRow",
+    "Edit",
+    "EncoderRow",
+    "Entry",
+    "InlineRow",
+    "Limits",
+    "Plan",
+    "Receipt",
+    "Resolved",
+    "Response",
+    "RowRef",
+    "Target",
+    "TokenSpans",
+    "applied_tokens",
+    "decode_plan",
+    "encode_plan",
+    "resolve",
+]

@@ -1,0 +1,193 @@
+"""Spec + catalog -> plan."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from sae_models import SAE
+from steer_server.catalog import Catalog
+from steer_server.plan.inline_tensors import decode_rows
+from steer_server.plan.limits import Limits
+from steer_server.plan.plan import DecoderRow, Edit, EncoderRow, InlineRow, Plan, Response, Target
+from steer_server.spec import Apply, FeatureEdit, SteeringError, SteeringSpec, VectorEdit
+from steer_server.spec.schema import MAX_VALUE, EntryApply
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of a spec, for its line in the receipt."""
+
+    source: str
+    op: str
+    layers: tuple[int, ...]
+    target: Target
+
+
+@dataclass(frozen=True)
+class Resolved:
+    plan: Plan
+    entries: tuple[Entry, ...]
+    warnings: tuple[str, ...]
+
+
+def resolve(
+    spec: SteeringSpec,
+    catalog: Catalog,
+    d_model: int,
+    layers: Collection[int],
+    limits: Limits,
+    root: str = "steering",
+) -> Resolved:
+    """Turn names into hashes and entries into edit rows.
+
+    d_model: width of the residual stream. layers: the armed decoder layers. root: what precedes paths in errors.
+    Raises SteeringError: 404 for an SAE that the catalog does not have, 400 for everything else.
+    """
+    edits: list[Edit] = []
+    rows: dict[str, bytes] = {}
+    entries: list[Entry] = []
+    warnings: list[str] = []
+    seen: dict[tuple[str, int], list[tuple[Target, str]]] = {}
+
+    for i, feature in enumerate(spec.features):
+        path = f"{root}.features[{i}]"
+        sae = _known_sae(feature, catalog, path)
+        target = _target(feature.apply, spec.apply, sae, warnings, feature.sae)
+        for other, other_path in seen.setdefault((sae.sha256, feature.index), []):
+            if target.may_meet(other):
+                raise SteeringError(
+                    f"{path} edits feature {feature.index} of {feature.sae!r}, as {other_path} does, on the same tokens",
+                    path,
+                )
+        seen[sae.sha256, feature.index].append((target, path))
+        _check_count(len(edits) + 1, limits, path)
+        edits.append(_feature_edit(feature, sae, target))
+        layer = sae.hook_point.layer
+        entries.append(Entry(f"feature {feature.sae}/{feature.index}", feature.op, (layer,), target))
+
+    for i, vector in enumerate(spec.vectors):
+        path = f"{root}.vectors[{i}]"
+        for j, layer in enumerate(vector.layers):
+            if layer not in layers:
+                raise SteeringError(
+                    f"{path}.layers[{j}]: layer {layer} is not armed; armed layers: {_ranges(layers)}",
+                    f"{path}.layers[{j}]",
+                )
+        # Before decoding: what is refused costs nothing.
+        _check_count(len(edits) + len(vector.layers), limits, path)
+        target = _target(vector.apply, spec.apply, None, warnings, "")
+        digests = _inline_rows(vector, d_model, rows, path)
+        edits += [
+            _vector_edit(vector, layer, InlineRow(digest), target)
+            for layer, digest in zip(vector.layers, digests, strict=True)
+        ]
+        entries.append(Entry(f"vector {digests[0][:12]}", vector.op, tuple(vector.layers), target))
+
+    if not entries:
+        warnings.append("the spec names no edit, so nothing was steered")
+    return Resolved(Plan.build(edits, rows, spec.apply.preserve_norm), tuple(entries), tuple(dict.fromkeys(warnings)))
+
+
+def _ranges(layers: Collection[int]) -> str:
+    """Layers as people write them: 0-29, or 3, 7-9."""
+    ordered = sorted(layers)
+    starts = [layer for layer in ordered if layer - 1 not in layers]
+    ends = [layer for layer in ordered if layer + 1 not in layers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+
+
+def _check_count(count: int, limits: Limits, path: str) -> None:
+    if count > limits.max_edits:
+        raise SteeringError(
+            f"{path} brings the request to {count} edit rows (one for each layer an entry acts on); "
+            f"this server takes {limits.max_edits}",
+            path,
+        )
+
+
+def _known_sae(feature: FeatureEdit, catalog: Catalog, path: str) -> SAE:
+    sae = catalog.saes.get(feature.sae)
+    if sae is None:
+        known = ", ".join(sorted(catalog.saes)) or "none is loaded"
+        raise SteeringError(f"{path}.sae {feature.sae!r} is not known here; known SAEs: {known}", f"{path}.sae", 404)
+    if feature.index >= sae.d_sae:
+        raise SteeringError(
+            f"{path}.index {feature.index} is outside SAE {feature.sae!r}; allowed: 0 to {sae.d_sae - 1}",
+            f"{path}.index",
+        )
+    return sae
+
+
+def _target(entry: EntryApply | None, spec: Apply, sae: SAE | None, warnings: list[str], sae_name: str) -> Target:
+    """The entry's own `apply`, field by field, then the spec's, then the SAE card's."""
+
+    def given(name: str) -> EntryApply | None:
+        return next((part for part in (entry, spec) if part is not None and name in part.model_fields_set), None)
+
+    phase = (given("phase") or spec).phase
+    source = given("skip_first")
+    if source is None and sae is not None and sae.skip_first > 0:
+        warnings.append(f"SAE {sae_name!r} skips the first {sae.skip_first} token(s) of a sequence, as its card says")
+        return Target(phase, sae.skip_first)
+    return Target(phase, (source or spec).skip_first)
+
+
+def _feature_edit(feature: FeatureEdit, sae: SAE, target: Target) -> Edit:
+    encoder, decoder = EncoderRow(sae.sha256, feature.index), DecoderRow(sae.sha256, feature.index)
+    layer, value = sae.hook_point.layer, feature.value if feature.value is not None else 0.0
+    if feature.op == "add":
+        # (f + a) - f does not depend on f: no encoder row is needed.
+        return Edit(layer, None, decoder, Response(shift=value), target)
+    response = {
+        "set": Response(scale=0.0, shift=value),
+        "min": Response(low=value),
+        "max": Response(high=value),
+        "scale": Response(scale=value),
+        "ablate": Response(scale=0.0),
+    }[feature.op]
+    return Edit(layer, encoder, decoder, response, target)
+
+
+def _vector_edit(vector: VectorEdit, layer: int, row: InlineRow, target: Target) -> Edit:
+    if vector.op == "add":
+        return Edit(layer, None, row, Response(shift=1.0 if vector.strength is None else vector.strength), target)
+    if vector.op == "project_out":
+        return Edit(layer, row, row, Response(scale=0.0), target)
+    if vector.op == "scale_along":
+        assert vector.strength is not None
+        return Edit(layer, row, row, Response(scale=vector.strength), target)
+    low = float("-inf") if vector.min is None else vector.min
+    high = float("inf") if vector.max is None else vector.max
+    return Edit(layer, row, row, Response(low=low, high=high), target)
+
+
+def _inline_rows(vector: VectorEdit, d_model: int, rows: dict[str, bytes], path: str) -> list[str]:
+    """SHA-256 of the row for each of the entry's layers; their bytes go into `rows`.
+
+    `add` writes the vector as it is; the other ops act along its direction, so it is normalised, in float64.
+    """
+    assert vector.data is not None
+    values = decode_rows(vector.data, d_model, len(vector.layers), f"{path}.data")
+    strength = 1.0 if vector.strength is None else vector.strength
+    largest = float(np.abs(values).max())
+    if vector.op == "add":
+        if largest > MAX_VALUE or largest * abs(strength) > MAX_VALUE:
+            raise SteeringError(
+                f"{path}: strength {strength} times the largest component {largest:g} is over {MAX_VALUE:g}", path
+            )
+    else:
+        norms = np.linalg.norm(values.astype(np.float64), axis=1, keepdims=True)
+        if (norms == 0).any():
+            raise SteeringError(f"{path}.data has a zero row, which has no direction to act along", f"{path}.data")
+        values = (values / norms).astype(np.float32)
+    digests = []
+    for row in values:
+        data = row.tobytes()
+        digest = hashlib.sha256(data).hexdigest()
+        rows[digest] = data
+        digests.append(digest)
+    return digests * len(vector.layers) if len(digests) == 1 else digests

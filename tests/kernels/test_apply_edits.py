@@ -1,0 +1,247 @@
+"""The torch path against the float64 definition, on tables that hypothesis draws."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from steer_kernels.apply_edits import (
+    Site,
+    SiteEdits,
+    TopKEncoder,
+    apply_edits,
+    apply_edits_reference,
+    apply_prepared,
+    bind_sites,
+    prepare_edits,
+)
+from steer_kernels.apply_edits.reference import is_topk_member
+
+INF = float("inf")
+
+
+def build_edits(records: list[dict]) -> SiteEdits:
+    """SiteEdits from dicts; what a record leaves out is neutral (reads nothing, adds nothing)."""
+    neutral = dict(
+        start=0, stop=1, read=-1, write=0, bias=0.0, threshold=-INF, scale=1.0, shift=0.0,
+        low=-INF, high=INF, encoder=-1, feature=0, preserve_norm=False,
+    )  # fmt: skip
+    dtypes = dict.fromkeys(("start", "stop", "read", "write", "encoder", "feature"), np.int64) | {"preserve_norm": bool}
+    rows = [neutral | record for record in records]
+    return SiteEdits(**{name: np.array([r[name] for r in rows], dtype=dtypes.get(name, np.float32)) for name in neutral})
+
+
+def run(hidden, residual, rows, edits, encoders=()):
+    out = hidden.clone()
+    apply_prepared(out, residual, rows, prepare_edits(edits, out.device), encoders)
+    return out
+
+
+def assert_matches_reference(hidden, residual, rows, edits, encoders=()):
+    """Within the rounding of one addition in the output's dtype, plus float32 dot products over d_model."""
+    out = run(hidden, residual, rows, edits, encoders)
+    expected = apply_edits_reference(hidden, residual, rows, edits, encoders)
+    stream_size = float(expected.abs().max()) + (0.0 if residual is None else float(residual.abs().max()))
+    tolerance = 4 * torch.finfo(hidden.dtype).eps * stream_size + 1e-5 * float(rows.abs().max()) * stream_size
+    assert (out.double() - expected).abs().max() <= tolerance
+
+
+@st.composite
+def tables(draw):
+    tokens = draw(st.sampled_from([1, 2, 7, 33, 64]))
+    n_rows = draw(st.integers(1, 5))
+    bound = st.floats(-3, 3, width=32)
+    records = []
+    for _ in range(draw(st.integers(1, 12))):
+        start = draw(st.integers(0, tokens - 1))
+        low, high = sorted((draw(bound), draw(bound)))
+        records.append(
+            dict(
+                start=start,
+                stop=draw(st.integers(start + 1, tokens)),
+                read=draw(st.integers(-1, n_rows - 1)),
+                write=draw(st.integers(0, n_rows - 1)),
+                bias=draw(bound),
+                threshold=draw(st.sampled_from([-INF, 0.0, 0.5])),
+                scale=draw(bound),
+                shift=draw(bound),
+                low=draw(st.sampled_from([-INF, low])),
+                high=draw(st.sampled_from([INF, high])),
+                preserve_norm=draw(st.booleans()),
+            )
+        )
+    return tokens, n_rows, records, draw(st.integers(0, 2**31)), draw(st.booleans())
+
+
+@settings(max_examples=150, deadline=None)
+@given(tables(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_matches_the_definition(table, dtype):
+    tokens, n_rows, records, seed, has_residual = table
+    generator = torch.Generator().manual_seed(seed)
+    d_model = 31
+    hidden = torch.randn(tokens, d_model, generator=generator).to(dtype)
+    residual = torch.randn(tokens, d_model, generator=generator).to(dtype) if has_residual else None
+    rows = torch.randn(n_rows, d_model, generator=generator).div(d_model**0.5).to(dtype)
+    edits = build_edits(records)
+    # A pre-activation within rounding of its threshold may fall on either side; such a table proves nothing.
+    stream = hidden.double() if residual is None else hidden.double() + residual.double()
+    for e in range(len(edits)):
+        if edits.read[e] >= 0 and np.isfinite(edits.threshold[e]):
+            pre = stream[edits.start[e] : edits.stop[e]] @ rows[edits.read[e]].double() + float(edits.bias[e])
+            if (pre - float(edits.threshold[e])).abs().min() < 1e-4:
+                return
+    # The rescaling of preserve_norm divides by the edited norm: keep away from streams that were edited to nothing.
+    unscaled = apply_edits_reference(hidden, residual, rows, build_edits([r | {"preserve_norm": False} for r in records]))
+    if (unscaled if residual is None else unscaled + residual.double()).norm(dim=-1).min() < 0.5:
+        return
+    assert_matches_reference(hidden, residual, rows, edits)
+
+
+OPS = {
+    "set": dict(scale=0.0, shift=2.5),
+    "add": dict(scale=1.0, shift=2.5),
+    "min": dict(low=1.5),
+    "max": dict(high=0.25),
+    "scale": dict(scale=-1.5),
+    "ablate": dict(scale=0.0),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("span", [(3, 4), (2, 40)], ids=["decode", "prefill"])
+def test_every_op_through_relu(op, span):
+    torch.manual_seed(0)
+    hidden, residual = torch.randn(2, 41, 17)
+    rows = torch.randn(2, 17)
+    edits = build_edits([dict(start=span[0], stop=span[1], read=0, write=1, bias=0.1, threshold=0.0, **OPS[op])])
+    assert_matches_reference(hidden, residual, rows, edits)
+    untouched = [t for t in range(41) if not span[0] <= t < span[1]]
+    assert torch.equal(run(hidden, residual, rows, edits)[untouched], hidden[untouched])
+
+
+def test_projecting_out_leaves_no_component():
+    torch.manual_seed(1)
+    hidden, residual = torch.randn(2, 20, 64)
+    direction = torch.nn.functional.normalize(torch.randn(1, 64), dim=-1)
+    for stop in (1, 20):
+        out = run(hidden, residual, direction, build_edits([dict(stop=stop, read=0, write=0, scale=0.0)])) + residual
+        assert (out[:stop] @ direction[0]).abs().max() < 1e-5
+
+
+def test_reads_see_the_incoming_stream():
+    """Two rows that would feed each other if one were applied first."""
+    hidden = torch.tensor([[1.0, 0.0]])
+    rows = torch.eye(2)
+    swap = [dict(read=0, write=1, scale=2.0), dict(read=1, write=0, scale=2.0)]
+    assert torch.equal(run(hidden, None, rows, build_edits(swap)), torch.tensor([[1.0, 1.0]]))
+    assert torch.equal(run(hidden, None, rows, build_edits(swap[::-1])), torch.tensor([[1.0, 1.0]]))
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 300])
+@pytest.mark.parametrize("k", [1, 4, 32])
+def test_topk_membership(tokens, k):
+    torch.manual_seed(k)
+    d_model, d_sae = 24, 96
+    encoder = TopKEncoder(torch.randn(d_model, d_sae), torch.randn(d_sae) * 0.1, k)
+    hidden, residual = torch.randn(2, tokens, d_model)
+    features = [0, 5, 95]
+    rows = torch.cat([encoder.W_enc.T[features], torch.randn(3, d_model)])
+    edits = build_edits(
+        [
+            dict(stop=tokens, read=i, write=3 + i, bias=float(encoder.b_enc[f]), threshold=0.0,
+                 scale=0.0, shift=3.0, encoder=0, feature=f)
+            for i, f in enumerate(features)
+        ]
+    )  # fmt: skip
+    assert_matches_reference(hidden, residual, rows, edits, [encoder])
+    # Scaling leaves an absent feature alone, so only members move.
+    scaled = build_edits([dict(stop=tokens, read=0, write=3, bias=float(encoder.b_enc[0]), threshold=0.0,
+                               scale=3.0, encoder=0, feature=0)])  # fmt: skip
+    moved = (run(hidden, residual, rows, scaled, [encoder]) != hidden).any(-1)
+    pre_acts = (hidden + residual) @ encoder.W_enc + encoder.b_enc
+    member = torch.zeros(tokens, d_sae).scatter(1, pre_acts.topk(k).indices, 1.0)[:, 0].bool() & (pre_acts[:, 0] > 0)
+    assert torch.equal(moved, member)
+
+
+def test_topk_ties_go_to_the_lower_index():
+    pre_acts = torch.tensor([2.0, 3.0, 2.0, 2.0])
+    assert [is_topk_member(pre_acts, i, 2) for i in range(4)] == [True, True, False, False]
+    encoder = TopKEncoder(torch.tensor([[2.0, 3.0, 2.0, 2.0]]), torch.zeros(4), 2)
+    hidden, rows = torch.ones(1, 1), torch.tensor([[2.0], [1.0]])
+    for feature in (0, 2, 3):
+        edits = build_edits([dict(read=0, write=1, threshold=0.0, scale=0.0, encoder=0, feature=feature)])
+        expected = 1.0 - 2.0 if feature == 0 else 1.0
+        assert run(hidden, None, rows, edits, [encoder]).item() == expected
+
+
+def test_preserve_norm_keeps_the_norm_and_survives_zero():
+    torch.manual_seed(2)
+    hidden, residual = torch.randn(2, 12, 16)
+    rows = torch.randn(1, 16)
+    add = dict(write=0, shift=5.0, preserve_norm=True)
+    out = run(hidden, residual, rows, build_edits([add | dict(stop=12)])) + residual
+    assert torch.allclose(out.norm(dim=-1), (hidden + residual).norm(dim=-1), rtol=1e-5)
+    zeroed = run(rows * -5.0, None, rows, build_edits([add]))
+    assert torch.equal(zeroed, torch.zeros(1, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_compounding_edits_stay_finite(dtype):
+    hidden = torch.randn(3, 16).to(dtype)
+    bystander = hidden[2].clone()
+    rows = torch.nn.functional.normalize(torch.randn(1, 16), dim=-1).to(dtype)
+    edits = build_edits([dict(stop=2, read=0, write=0, scale=1e6)])
+    for _ in range(40):
+        hidden = run(hidden, None, rows, edits)
+    assert hidden.isfinite().all()
+    assert torch.equal(hidden[2], bystander)
+
+
+def test_not_a_number_stays_with_its_token():
+    hidden = torch.randn(4, 8)
+    hidden[1] = float("nan")
+    rows = torch.randn(2, 8)
+    out = run(hidden, None, rows, build_edits([dict(stop=4, read=0, write=1, threshold=0.0, scale=0.0, shift=1.0)]))
+    assert out[1].isnan().all()
+    assert out[[0, 2, 3]].isfinite().all()
+
+
+def test_op_edits_in_place_and_counts_runs():
+    rows = torch.ones(1, 4)
+    site = Site(rows)
+    bind_sites([site])
+    hidden = torch.zeros(2, 4)
+    apply_edits(hidden, None, 0)
+    assert site.runs == 0
+    assert torch.equal(hidden, torch.zeros(2, 4))
+    site.edits = prepare_edits(build_edits([dict(start=1, stop=2, shift=2.0)]), hidden.device)
+    apply_edits(hidden, None, 0)
+    assert site.runs == 1
+    assert torch.equal(hidden, torch.tensor([[0.0] * 4, [2.0] * 4]))
+
+
+def test_op_passes_opcheck():
+    bind_sites([Site(torch.ones(1, 4))])
+    torch.library.opcheck(apply_edits.default, (torch.randn(3, 4), torch.randn(3, 4), 0))
+
+
+def test_compiled_graph_holds_no_copy_of_the_stream():
+    """The op must act on the producer's own buffer: a clone per layer would cost idle servers memory traffic."""
+    from torch._inductor.utils import run_and_get_code
+
+    def layer(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        hidden = x @ weight
+        apply_edits(hidden, residual, 0)
+        return hidden + residual
+
+    site = Site(torch.ones(1, 8))
+    site.edits = prepare_edits(build_edits([dict(stop=3, shift=2.0)]), torch.device("cpu"))
+    bind_sites([site])
+    arguments = (torch.randn(3, 8), torch.randn(8, 8), torch.randn(3, 8))
+    with torch.no_grad():
+        result, (code,) = run_and_get_code(torch.compile(layer, dynamic=True), *arguments)
+    assert torch.allclose(result, layer(*arguments), atol=1e-5)
+    call = next(line for line in code.splitlines() if "steer_kernels.apply_edits" in line and "(" in line)
+    buffer = call.split("(")[1].split(",")[0]
+    producer = [line for line in code.splitlines() if "extern_kernels.mm(" in line and f"out={buffer}" in line]
+    assert producer, f"the op does not run on the matmul's own output:\n{code}"
