@@ -31,7 +31,15 @@ Summarise {} in two sentences.|Describe {} in vivid detail.|What is the history 
 Write an angry review of {}.|Write a product description for {}.|Write a Python function that has something to do with {}.|What questions should I ask about {}?|Translate a sentence about {} into Spanish.|Write a formal email about {}.
 """
 
-SYSTEMS = [None, None, None, "You are a concise assistant.", "You are a warm and caring friend.", "You are a grumpy old professor.", "You answer like a poet."]
+SYSTEMS = [
+    None,
+    None,
+    None,
+    "You are a concise assistant.",
+    "You are a warm and caring friend.",
+    "You are a grumpy old professor.",
+    "You answer like a poet.",
+]
 
 
 def split(block: str) -> list[str]:

@@ -170,7 +170,8 @@ def main(out: Path = Path("corpus.jsonl"), seed: int = 0) -> None:
             if package in {"dict-gcide", "wordnet-base", "fortunes"}:
                 rng.shuffle(paragraphs)
             texts = list(documents(paragraphs, words, "\n" if package == "bible-kjv-text" else "\n\n"))
-            typer.echo(f"{package:18} {licence:36} {len(texts):6,} documents {sum(len(t.split()) for t in texts):9,} words")
+            count = sum(len(text.split()) for text in texts)
+            typer.echo(f"{package:18} {licence:36} {len(texts):6,} documents {count:9,} words")
             lines += [json.dumps({"source": package, "text": text}) for text in texts]
     rng.shuffle(lines)
     out.write_text("\n".join(lines) + "\n")

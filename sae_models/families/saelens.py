@@ -1,7 +1,7 @@
 """SAELens 6: `cfg.json` beside `sae_weights.safetensors`.
 
-Format: SAELens 6.54 `sae_lens/saes/sae.py` (`save_model`) and `docs/training_saes.md`. Configuration keys are flat, what
-describes the model is under `metadata`.
+Format: SAELens 6.54, `sae_lens/saes/sae.py` (`save_model`). Configuration keys are flat; what describes the model is
+under `metadata`.
 """
 
 from __future__ import annotations
@@ -111,7 +111,9 @@ def _check_and_hash(weights: Path, config_bytes: bytes, d_in: int, d_sae: int, a
                 if view.get_shape() != shape:
                     raise SAEFormatError(f"{weights}: {name} has shape {view.get_shape()}, cfg.json asks for {shape}")
                 if view.get_dtype() not in FLOATS:
-                    raise SAEFormatError(f"{weights}: {name} has dtype {view.get_dtype()}; supported: {', '.join(FLOATS)}")
+                    raise SAEFormatError(
+                        f"{weights}: {name} has dtype {view.get_dtype()}; supported: {', '.join(FLOATS)}"
+                    )
                 rows_at_once = max(1, HASH_CHUNK_BYTES // (4 * math.prod(shape[1:])))
                 for first in range(0, shape[0], rows_at_once):
                     if not torch.isfinite(view[first : first + rows_at_once]).all():

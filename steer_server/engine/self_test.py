@@ -126,7 +126,7 @@ def _test_sites(
     sites = [Site(rows) for _ in range(n)]
     for i, site in enumerate(sites):
         add, project_out = 1 + i, 1 + n + i
-        records = [
+        records: list[dict[str, float]] = [
             {"start": add, "stop": add + 1, "read": -1, "write": i, "scale": 1.0, "shift": 1.0},
             {"start": project_out, "stop": project_out + 1, "read": n + i, "write": n + i},
         ]

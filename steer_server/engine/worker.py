@@ -113,9 +113,7 @@ class WorkerSteering:
         start = np.asarray(starts, dtype=np.int64)[index]
         count = np.asarray(counts, dtype=np.int64)[index]
         token = (np.cumsum(counts, dtype=np.int64) - counts)[index]
-        self._spans = {
-            request_id: (int(a), int(a + n)) for request_id, a, n in zip(ids, start, count, strict=True)
-        }
+        self._spans = {request_id: (int(a), int(a + n)) for request_id, a, n in zip(ids, start, count, strict=True)}
         self._fill(start, count, token)
         for i in self._active:
             self.sites[i].runs = 0
@@ -132,9 +130,7 @@ class WorkerSteering:
         report, self._report = self._report, None
         return report
 
-    def _fill(
-        self, start: npt.NDArray[np.int64], count: npt.NDArray[np.int64], token: npt.NDArray[np.int64]
-    ) -> None:
+    def _fill(self, start: npt.NDArray[np.int64], count: npt.NDArray[np.int64], token: npt.NDArray[np.int64]) -> None:
         if self._edits is None:
             return
         edits = self._edits

@@ -60,7 +60,7 @@ def resolve(
         for other, other_path in seen.setdefault((sae.sha256, feature.index), []):
             if target.may_meet(other):
                 raise SteeringError(
-                    f"{path} edits feature {feature.index} of {feature.sae!r}, as {other_path} does, on the same tokens",
+                    f"{path} edits feature {feature.index} of {feature.sae!r} on tokens where {other_path} does",
                     path,
                 )
         seen[sae.sha256, feature.index].append((target, path))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from typing import Any, NoReturn, cast
+from typing import NoReturn, cast
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -14,7 +14,14 @@ from steer_server.spec.schema import EntryApply, FeatureEdit, SteeringSpec, Vect
 
 MAX_SHOWN = 80
 # In the schema so that it can be refused by name; the value that asks for nothing is accepted.
-NOT_BUILT = {"presets": [], "when": [], "readout": None, "positions": None, "window": None, "skip_special_tokens": False}
+NOT_BUILT: dict[str, object] = {
+    "presets": [],
+    "when": [],
+    "readout": None,
+    "positions": None,
+    "window": None,
+    "skip_special_tokens": False,
+}
 
 
 def parse_spec(value: object, root: str = "steering") -> SteeringSpec:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from steer_kernels.apply_edits import (
     Site,
     SiteEdits,
@@ -28,7 +29,9 @@ def build_edits(records: list[dict]) -> SiteEdits:
     )  # fmt: skip
     dtypes = dict.fromkeys(("start", "stop", "read", "write", "encoder", "feature"), np.int64) | {"preserve_norm": bool}
     rows = [neutral | record for record in records]
-    return SiteEdits(**{name: np.array([r[name] for r in rows], dtype=dtypes.get(name, np.float32)) for name in neutral})
+    return SiteEdits(
+        **{name: np.array([r[name] for r in rows], dtype=dtypes.get(name, np.float32)) for name in neutral}
+    )
 
 
 def run(hidden, residual, rows, edits, encoders=()):
@@ -91,7 +94,9 @@ def test_matches_the_definition(table, dtype):
             if (pre - float(edits.threshold[e])).abs().min() < 1e-4:
                 return
     # The rescaling of preserve_norm divides by the edited norm: keep away from streams that were edited to nothing.
-    unscaled = apply_edits_reference(hidden, residual, rows, build_edits([r | {"preserve_norm": False} for r in records]))
+    unscaled = apply_edits_reference(
+        hidden, residual, rows, build_edits([r | {"preserve_norm": False} for r in records])
+    )
     if (unscaled if residual is None else unscaled + residual.double()).norm(dim=-1).min() < 0.5:
         return
     assert_matches_reference(hidden, residual, rows, edits)

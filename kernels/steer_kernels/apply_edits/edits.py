@@ -75,4 +75,6 @@ class SiteEdits:
 
     @staticmethod
     def concatenate(parts: list[SiteEdits]) -> SiteEdits:
-        return SiteEdits(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(SiteEdits)))
+        return SiteEdits(
+            *(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(SiteEdits))
+        )

@@ -189,9 +189,7 @@ def prepare_edits(edits: SiteEdits, device: torch.device) -> PreparedEdits:
             _member_pairs(members.take(members.encoder == encoder), int(encoder), device)
             for encoder in np.unique(members.encoder)
         ),
-        spans=tuple(
-            _span(long_edits.take((bounds == span).all(axis=1)), device) for span in np.unique(bounds, axis=0)
-        ),
+        spans=tuple(_span(long_edits.take((bounds == span).all(axis=1)), device) for span in np.unique(bounds, axis=0)),
         norm_tokens=torch.from_numpy(np.unique(norm_edits.start)).to(device) if len(norm_edits) else None,
         first_token=int(edits.start.min()),
         last_token=int(edits.stop.max()),
@@ -207,9 +205,7 @@ def _pre_acts(x: torch.Tensor, pairs: _ReadPairs, rows: torch.Tensor) -> torch.T
     return (x * rows.index_select(0, pairs.read).float()).sum(-1) + pairs.bias
 
 
-def _member_activation(
-    x: torch.Tensor, group: _MemberPairs, rows: torch.Tensor, encoder: TopKEncoder
-) -> torch.Tensor:
+def _member_activation(x: torch.Tensor, group: _MemberPairs, rows: torch.Tensor, encoder: TopKEncoder) -> torch.Tensor:
     """TopK activations [P] of the group's features; x [U, d_model] is the stream of its distinct tokens."""
     f = torch.zeros_like(group.pairs.bias)
     # A feature with a pre-activation of zero or less is off whatever the others are: most need no full encode.

@@ -20,7 +20,9 @@ def find_decoder_layers(model: nn.Module, n_layers: int) -> nn.ModuleList:
     if hasattr(model, "get_language_model"):
         model = model.get_language_model()
     lists = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == n_layers
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers
     }
     if len(lists) != 1:
         found = ", ".join(lists) or "none"

@@ -37,7 +37,7 @@ def wire_plan(sampling_params: Any) -> bytes | None:
 
 def _block_keys(request: Any) -> BlockKeys | None:
     try:
-        return request._steering_block_keys  # type: ignore[no-any-return]
+        return request._steering_block_keys
     except AttributeError:
         encoded = wire_plan(request.sampling_params)
         keys = None if encoded is None else BlockKeys(decode_plan(encoded), request.num_prompt_tokens)

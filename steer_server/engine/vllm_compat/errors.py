@@ -17,7 +17,7 @@ class SteeringRequestError(VLLMValidationError, ValueError):
     """
 
     def __init__(self, error: SteeringError) -> None:
-        super().__init__(error.message, parameter=error.param)
+        VLLMValidationError.__init__(self, error.message, parameter=error.param)
         self.error = error
 
     def __str__(self) -> str:

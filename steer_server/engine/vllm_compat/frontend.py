@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from steer_server.engine.admission import AdmittedSteering, Admission, NotAppliedError, Sequence
+from steer_server.engine.admission import Admission, AdmittedSteering, NotAppliedError, Sequence
 from steer_server.engine.vllm_compat.engine_config import steering_config
 from steer_server.engine.vllm_compat.engine_core import TAG
 from steer_server.engine.vllm_compat.patching import when_imported, wrap
@@ -38,7 +38,7 @@ class WirePlan(dict[str, bytes]):
 
 def admission_of(input_processor: Any) -> Admission | None:
     """Where requests of this engine are admitted; None for one that is not armed."""
-    return input_processor.steering_admission  # type: ignore[no-any-return]
+    return input_processor.steering_admission
 
 
 def admit(input_processor: Any, value: object, choices: int, root: str) -> AdmittedSteering:
@@ -60,7 +60,9 @@ def _init_input_processor(original: Any, self: Any, vllm_config: Any, *args: Any
     self.steering_admission = None if config is None else Admission(config)
 
 
-def _process_inputs(original: Any, self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+def _process_inputs(
+    original: Any, self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+) -> Any:
     from steer_server.engine.vllm_compat.errors import SteeringRequestError
 
     extra_args = getattr(params, "extra_args", None)

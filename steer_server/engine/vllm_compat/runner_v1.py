@@ -17,7 +17,8 @@ from steer_server.engine.vllm_compat.patching import when_imported, wrap
 from steer_server.engine.worker import WorkerSteering
 from steer_server.plan import decode_plan
 
-logger = init_logger(__name__)
+# Under "vllm", whose handlers print in the engine's processes.
+logger = init_logger(f"vllm.{__name__}")
 
 
 def install() -> None:

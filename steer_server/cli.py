@@ -1,0 +1,257 @@
+"""`steer-server`: serve, doctor."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from importlib.metadata import entry_points
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from steer_server import __version__
+
+app = typer.Typer(
+    name="steer-server",
+    help="Steer any vLLM server: sparse autoencoder features and steering vectors, per request, over the OpenAI API.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=True)
+
+PLUGIN = "steer_server"
+PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+Model = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[MODEL] [VLLM_FLAGS]",
+        help="A Hugging Face id or a folder, any model that vLLM serves; without it the embedded "
+        "SmolLM2-135M-Instruct. Every other flag goes to vLLM (see `vllm serve --help=all`).",
+    ),
+]
+Sae = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=PATH", help="An SAE to serve, by the name that requests use. Repeatable."),
+]
+PretrainedSaes = Annotated[
+    bool, typer.Option("--pretrained-saes/--no-pretrained-saes", help="Serve the shipped SAEs of this model, if any.")
+]
+Layers = Annotated[
+    str | None,
+    typer.Option("--steering-layers", metavar="LIST", help="Decoder layers to arm, such as 0-11,15. Default: all."),
+]
+Rows = Annotated[
+    int | None,
+    typer.Option(
+        "--steering-rows",
+        min=1,
+        help="Capacity of the row bank. Default: enough for every batch that vLLM can schedule. "
+        "With less, requests that do not fit get a 429.",
+    ),
+]
+MaxEdits = Annotated[
+    int | None,
+    typer.Option(
+        "--steering-max-edits",
+        min=1,
+        max=1024,
+        help="Edit rows that one request may use, counted once for each layer they act on. "
+        "Default: 32, or the number of armed layers where that is more.",
+    ),
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Steer any vLLM server."""
+
+
+@app.command(context_settings=PASS_THROUGH)
+def serve(
+    arguments: Model = None,
+    sae: Sae = None,
+    pretrained_saes: PretrainedSaes = True,
+    steering_layers: Layers = None,
+    steering_rows: Rows = None,
+    steering_max_edits: MaxEdits = None,
+) -> None:
+    """Serve MODEL over the OpenAI API, steerable by every request.
+
+    This is `vllm serve` with the plugin named in VLLM_PLUGINS and its options in --additional-config.
+    """
+    model, flags = _split_model(arguments or [])
+    options = steering_options(sae, pretrained_saes, steering_layers, steering_rows, steering_max_edits)
+    command = vllm_arguments(model, flags, options)
+    os.environ.update(vllm_environment(embedded=model is None))
+    console.print(f"vllm serve {' '.join(command)}", highlight=False, soft_wrap=True)
+    os.execv(sys.executable, [sys.executable, "-m", "steer_server.engine.vllm_compat.vllm_cli", "serve", *command])
+
+
+@app.command(context_settings=PASS_THROUGH)
+def doctor(
+    arguments: Model = None,
+    sae: Sae = None,
+    pretrained_saes: PretrainedSaes = True,
+    steering_layers: Layers = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
+) -> None:
+    """Start MODEL's engine, prove that each armed layer changes the residual stream as asked, and stop.
+
+    The server runs the same test whenever it starts. Exit status: 0 when every layer passed, 1 otherwise.
+    """
+    model, flags = _split_model(arguments or [])
+    options = steering_options(sae, pretrained_saes, steering_layers, None, None)
+    os.environ.update(vllm_environment(embedded=model is None))
+    from steer_server.engine.vllm_compat.offline import self_test_checks
+
+    checks = self_test_checks(vllm_arguments(model, flags, options))
+    if as_json:
+        typer.echo(json.dumps(checks))
+    else:
+        _print_checks(checks)
+    if not checks or not all(check["passed"] for check in checks):
+        raise typer.Exit(1)
+
+
+def _print_checks(checks: list[dict[str, Any]]) -> None:
+    table = Table("layer", "error", "allowed", "compiled model", "verdict", title="steering self-test")
+    for check in checks:
+        compiled = check["compiled_error"]
+        table.add_row(
+            str(check["layer"]),
+            f"{check['error']:.2e}",
+            f"{check['allowed']:.2e}",
+            "not compiled" if compiled is None else f"off by {compiled:.1e}",
+            "pass" if check["passed"] else "FAIL",
+        )
+    Console().print(table)
+
+
+def _split_model(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """(MODEL or None, vLLM's flags): MODEL comes first, or as vLLM's --model."""
+    if arguments and not arguments[0].startswith("-"):
+        return arguments[0], arguments[1:]
+    for i, argument in enumerate(arguments):
+        if argument == "--model" and i + 1 < len(arguments):
+            return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
+        if argument.startswith("--model="):
+            return argument.removeprefix("--model="), arguments[:i] + arguments[i + 1 :]
+    return None, arguments
+
+
+def parse_layers(text: str) -> list[int]:
+    """Layers from a list of numbers and ranges, such as 0-11,15. Raises typer.BadParameter."""
+    layers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
+            raise typer.BadParameter(
+                f"{part!r} is neither a layer nor a range such as 0-11", param_hint="--steering-layers"
+            )
+        layers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return sorted(layers)
+
+
+def steering_options(
+    saes: list[str] | None, pretrained: bool, layers: str | None, rows: int | None, max_edits: int | None
+) -> dict[str, Any]:
+    """The flags as `additional_config["steering"]`, only what was given."""
+    named: dict[str, str] = {}
+    for entry in saes or []:
+        name, separator, path = entry.partition("=")
+        if not separator or not name or not path:
+            raise typer.BadParameter(f"{entry!r} is not NAME=PATH", param_hint="--sae")
+        if name in named:
+            raise typer.BadParameter(f"the name {name!r} is given twice", param_hint="--sae")
+        named[name] = path
+    options: dict[str, Any] = {"saes": named} if named else {}
+    if not pretrained:
+        options["pretrained"] = False
+    if layers is not None:
+        options["layers"] = parse_layers(layers)
+    if rows is not None:
+        options["rows"] = rows
+    if max_edits is not None:
+        options["max_edits"] = max_edits
+    return options
+
+
+def vllm_arguments(model: str | None, flags: list[str], options: dict[str, Any]) -> list[str]:
+    """Arguments of `vllm serve` for these flags; without a model, those of the embedded one."""
+    if model is None:
+        from steer_server.embedded_model import SERVED_NAME, EmbeddedModelError, cache_folder, embedded_model
+
+        console.print(f"Model: embedded SmolLM2-135M-Instruct, converted once into {cache_folder()}", highlight=False)
+        try:
+            folder = embedded_model()
+        except EmbeddedModelError as error:
+            console.print(f"[red]error:[/red] {error}", highlight=False)
+            raise typer.Exit(1) from None
+        given = {flag.partition("=")[0] for flag in flags}
+        defaults = {"--served-model-name": [SERVED_NAME], "--dtype": ["float32"], "--max-model-len": ["4096"]}
+        for flag, value in defaults.items():
+            if flag not in given and not (flag == "--dtype" and _has_gpu()):
+                flags = [*flags, flag, *value]
+        model = str(folder)
+    additional, flags = _take_additional_config(flags)
+    additional["steering"] = {**additional.get("steering", {}), **options}
+    return [model, *flags, "--additional-config", json.dumps(additional)]
+
+
+def _take_additional_config(flags: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """A user's own --additional-config, out of `flags`, so that ours joins it instead of replacing it."""
+    for i, flag in enumerate(flags):
+        if flag == "--additional-config" and i + 1 < len(flags):
+            return json.loads(flags[i + 1]), flags[:i] + flags[i + 2 :]
+        if flag.startswith("--additional-config="):
+            return json.loads(flag.partition("=")[2]), flags[:i] + flags[i + 1 :]
+    return {}, flags
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def vllm_environment(embedded: bool) -> dict[str, str]:
+    """What the environment must say for the plugin to be loaded, keeping what it says already."""
+    environment: dict[str, str] = {}
+    named = os.environ.get("VLLM_PLUGINS")
+    if named is None:
+        # Naming one plugin would switch off the others, so those that load by default are named too.
+        groups = (
+            "vllm.general_plugins",
+            "vllm.platform_plugins",
+            "vllm.io_processor_plugins",
+            "vllm.stat_logger_plugins",
+        )
+        names = {point.name for group in groups for point in entry_points(group=group)}
+        environment["VLLM_PLUGINS"] = ",".join(sorted(names | {PLUGIN}))
+    elif PLUGIN not in named.split(","):
+        environment["VLLM_PLUGINS"] = f"{named},{PLUGIN}" if named else PLUGIN
+    if "VLLM_USE_V2_MODEL_RUNNER" not in os.environ:
+        environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    if embedded and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        environment["VLLM_CPU_KVCACHE_SPACE"] = "2"
+    return environment
+
+
+if __name__ == "__main__":
+    app()

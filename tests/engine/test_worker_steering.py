@@ -1,0 +1,198 @@
+"""Step tables: whatever vLLM schedules, each token gets its own request's edits, as the definition says."""
+
+import numpy as np
+import pytest
+import torch
+
+from steer_kernels.apply_edits import apply_edits
+from steer_server.engine.admission import Admission
+from steer_server.engine.config import ModelFacts, parse_options, resolve_config
+from steer_server.engine.worker import WorkerSteering
+from tests.sae_models.build import build_sae
+from tests.sae_models.test_saelens import encode
+from tests.tensors import inline
+
+D_MODEL, LAYERS = 8, 4
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    root = tmp_path_factory.mktemp("saes")
+    saes = {name: str(build_sae(root / name, name, seed=i)) for i, name in enumerate(("standard", "jumprelu", "topk"))}
+    return resolve_config(parse_options({"saes": saes}), ModelFacts("m", D_MODEL, LAYERS, max_num_seqs=3, frontends=1))
+
+
+class Simulation:
+    """A worker's steering beside the streams that its sequences should have, from the definition in float64."""
+
+    def __init__(self, config):
+        self.config = config
+        self.admission = Admission(config)
+        self.worker = WorkerSteering(config, torch.float32, torch.device("cpu"))
+        self.specs = {}
+        self.prompt_lens = {}
+
+    def add(self, request_id, spec, prompt_len):
+        admitted = self.admission.admit(spec)
+        self.worker.add_request(request_id, admitted.plan, prompt_len)
+        self.specs[request_id], self.prompt_lens[request_id] = spec, prompt_len
+
+    def step(self, scheduled):
+        """Run one forward over `scheduled`, (request id, first position, tokens), and check every layer's stream."""
+        ids = [i for i, _, _ in scheduled]
+        counts = np.array([n for _, _, n in scheduled])
+        self.worker.begin_step(ids, np.array([s for _, s, _ in scheduled]), counts)
+        for site, layer in enumerate(self.config.layers):
+            hidden, residual = torch.randn(2, int(counts.sum()), D_MODEL)
+            expected, token = (hidden + residual).double(), 0
+            for request_id, first, n in scheduled:
+                for position in range(first, first + n):
+                    if request_id in self.specs:
+                        expected[token] = self.edited(request_id, layer, position, expected[token])
+                    token += 1
+            apply_edits(hidden, residual, site)
+            assert torch.allclose((hidden + residual).double(), expected, atol=2e-5)
+        self.worker.end_step()
+        return self.worker.take_report()
+
+    def edited(self, request_id, layer, position, h):
+        spec, prompt_len = self.specs[request_id], self.prompt_lens[request_id]
+        delta = torch.zeros_like(h)
+        for feature in spec.get("features", []):
+            sae = self.admission.catalog.saes[feature["sae"]]
+            if sae.hook_point.layer == layer and self.acts(feature, spec, position, prompt_len):
+                f = float(encode(sae.weights.parent, h)[feature["index"]])
+                a = feature.get("value")
+                g = {"set": a, "add": f + (a or 0), "min": max(f, a or 0), "max": min(f, a or 0),
+                     "scale": f * (a or 0), "ablate": 0.0}[feature["op"]]  # fmt: skip
+                delta += (g - f) * sae.rows(feature["index"]).decoder.double()
+        for vector in spec.get("vectors", []):
+            if layer in vector["layers"] and self.acts(vector, spec, position, prompt_len):
+                v = torch.from_numpy(np.frombuffer(self.bytes_of(vector), dtype=np.float32).copy()).double()
+                unit = v / v.norm()
+                f = float(h @ unit)
+                if vector["op"] == "add":
+                    delta += vector["strength"] * v
+                elif vector["op"] == "project_out":
+                    delta -= f * unit
+                else:
+                    delta += (min(max(f, vector["min"]), vector["max"]) - f) * unit
+        edited = h + delta
+        if spec.get("apply", {}).get("preserve_norm") and not torch.equal(edited, h):
+            edited = edited * h.norm() / edited.norm()
+        return edited
+
+    @staticmethod
+    def bytes_of(vector):
+        import base64
+
+        return base64.b64decode(vector["data"]["data"])
+
+    @staticmethod
+    def acts(entry, spec, position, prompt_len):
+        apply = spec.get("apply", {}) | entry.get("apply", {})
+        in_phase = {"prompt": position < prompt_len, "generation": position >= prompt_len, "all": True}
+        return in_phase[apply.get("phase", "all")] and position >= apply.get("skip_first", 0)
+
+
+def feature(sae, index, op, value=None, **rest):
+    return {"sae": sae, "index": index, "op": op} | ({} if value is None else {"value": value}) | rest
+
+
+VECTOR = inline(np.linspace(-1, 2, D_MODEL))
+SPECS = {
+    "features": {
+        "features": [
+            feature("standard", 1, "set", 3.0),
+            feature("jumprelu", 2, "min", 1.5),
+            feature("topk", 3, "scale", -2.0),
+            feature("topk", 4, "ablate"),
+            feature("standard", 5, "max", 0.1, apply={"phase": "prompt"}),
+            feature("jumprelu", 6, "add", -0.7, apply={"skip_first": 4}),
+        ]
+    },
+    "vectors": {
+        "vectors": [
+            {"data": VECTOR, "layers": [0, 1, 2, 3], "op": "add", "strength": 0.5},
+            {"data": VECTOR, "layers": [2], "op": "cap", "min": -0.2, "max": 0.2, "apply": {"phase": "generation"}},
+        ],
+        "apply": {"preserve_norm": True},
+    },
+    "generation": {"vectors": [{"data": VECTOR, "layers": [1], "op": "project_out"}], "apply": {"phase": "generation"}},
+}
+
+
+def test_a_life_of_three_requests_and_a_bystander(config):
+    """Prefill in chunks, decode, batches that change order, preemption and resumption, finish."""
+    torch.manual_seed(0)
+    sim = Simulation(config)
+    sim.add("a", SPECS["features"], prompt_len=21)
+    sim.add("b", SPECS["vectors"], prompt_len=9)
+    assert sim.step([("a", 0, 16)]).spans == {"a": (0, 16)}
+    assert sim.step([("a", 16, 5), ("x", 0, 30), ("b", 0, 9)]).spans == {"a": (16, 21), "b": (0, 9)}
+    sim.add("c", SPECS["generation"], prompt_len=12)
+    sim.step([("a", 21, 1), ("x", 30, 1), ("b", 9, 1), ("c", 0, 12)])
+    for i in range(3):
+        report = sim.step([("a", 22 + i, 1), ("x", 31 + i, 1), ("b", 10 + i, 1), ("c", 12 + i, 1)])
+        assert report.missing_layers == []
+    sim.step([("c", 15, 1), ("a", 25, 1)])
+    assert sim.step([("x", 34, 1)]) is None
+    sim.step([("b", 0, 13), ("c", 16, 1), ("a", 26, 1)])
+    for request_id in ("a", "b", "c"):
+        sim.worker.remove_request(request_id)
+        del sim.specs[request_id]
+    assert len(sim.worker.bank) == 0
+    assert not sim.worker.has_requests
+    assert sim.step([("x", 35, 1)]) is None
+
+
+def test_rows_of_a_request_that_is_not_in_the_batch_make_room(config):
+    """The bank holds what one batch can use: preempted requests must not keep their rows."""
+    sim = Simulation(config)
+    for i in range(9):
+        sim.add(f"r{i}", {"features": [feature("standard", j, "set", 1.0) for j in range(i, i + 10)]}, prompt_len=4)
+    for i in range(0, 9, 3):
+        sim.step([(f"r{i + j}", 0, 4) for j in range(3)])
+        assert len(sim.worker.bank) == 2 * 12
+
+
+def test_a_site_that_does_not_run_is_reported(config):
+    sim = Simulation(config)
+    sim.add("a", SPECS["vectors"], prompt_len=3)
+    sim.worker.begin_step(["a"], np.array([0]), np.array([3]))
+    hidden = torch.zeros(3, D_MODEL)
+    for site in (0, 1, 3):
+        apply_edits(hidden, None, site)
+    sim.worker.end_step()
+    assert sim.worker.take_report().missing_layers == [2]
+
+
+def test_nothing_is_steered_between_steps(config):
+    sim = Simulation(config)
+    sim.add("a", SPECS["vectors"], prompt_len=3)
+    sim.step([("a", 0, 3)])
+    hidden = torch.zeros(3, D_MODEL)
+    apply_edits(hidden, None, 0)
+    assert torch.equal(hidden, torch.zeros(3, D_MODEL))
+
+
+def test_an_empty_plan_is_no_edit(config):
+    sim = Simulation(config)
+    sim.add("a", {}, prompt_len=3)
+    assert sim.step([("a", 0, 3)]).spans == {"a": (0, 3)}
+
+
+def test_decoding_reuses_its_table(config):
+    sim = Simulation(config)
+    sim.add("a", SPECS["features"], prompt_len=4)
+    sim.step([("a", 0, 4)])
+    sim.step([("a", 4, 1)])
+    table = sim.worker.sites[1].edits
+    sim.step([("a", 5, 1)])
+    assert sim.worker.sites[1].edits is table
+
+
+def test_device_memory_is_accounted_for(config):
+    worker = WorkerSteering(config, torch.float32, torch.device("cpu"))
+    topk_encoder = 4 * (D_MODEL * 24 + 24)
+    assert worker.nbytes == config.rows * D_MODEL * 4 + topk_encoder

@@ -1,0 +1,94 @@
+"""Which tokens an edit acts on, how blocks of the prefix cache are keyed by it, and how tokens are counted."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steer_server.plan import BlockKeys, DecoderRow, Edit, Plan, Response, Target, TokenSpans, applied_tokens
+
+BLOCK = 16
+
+
+def plan_of(*targets, shift=1.0, preserve_norm=False):
+    edits = [Edit(1, None, DecoderRow("sae", i), Response(shift=shift), t) for i, t in enumerate(targets)]
+    return Plan.build(edits, {}, preserve_norm)
+
+
+def keys(plan, prompt_len, blocks=4):
+    block_keys = BlockKeys(plan, prompt_len)
+    return [block_keys.key(i * BLOCK, (i + 1) * BLOCK) for i in range(blocks)]
+
+
+def test_generation_leaves_the_prompts_blocks_plain():
+    assert keys(plan_of(Target("generation")), 32)[:2] == [None, None]
+    assert None not in keys(plan_of(Target("generation")), 32)[2:]
+    assert [k is None for k in keys(plan_of(Target("prompt")), 32)] == [False, False, True, True]
+    assert None not in keys(plan_of(Target("all")), 32)
+
+
+def test_skipped_tokens_are_plain():
+    assert [k is None for k in keys(plan_of(Target("all", skip_first=16)), 5)] == [True, False, False, False]
+
+
+def test_whole_blocks_are_shared_between_prompts_of_different_lengths():
+    assert keys(plan_of(Target("all")), 20) == keys(plan_of(Target("all")), 50)
+    assert keys(plan_of(Target("prompt")), 32)[:2] == keys(plan_of(Target("prompt")), 64)[:2]
+
+
+def test_a_boundary_inside_of_a_block_is_part_of_its_key():
+    ends = [keys(plan_of(Target("prompt")), prompt_len)[1] for prompt_len in range(17, 33)]
+    assert len(set(ends)) == 16
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["prompt", "generation", "all"]), st.integers(0, 40)), min_size=1, max_size=3),
+    st.lists(st.tuples(st.sampled_from(["prompt", "generation", "all"]), st.integers(0, 40)), min_size=1, max_size=3),
+    st.integers(1, 60),
+    st.integers(1, 60),
+)
+def test_equal_keys_mean_equal_edits_on_every_token(targets_a, targets_b, prompt_a, prompt_b):
+    """The property that the cache rests on, from the definition: the edits that act on each token of the block."""
+    a, b = plan_of(*(Target(*t) for t in targets_a)), plan_of(*(Target(*t) for t in targets_b))
+
+    def acting(plan, prompt_len, position):
+        return {
+            (e.write, e.response)
+            for e in plan.edits
+            if e.target.interval(prompt_len)[0] <= position < e.target.interval(prompt_len)[1]
+        }
+
+    for i in range(4):
+        positions = range(i * BLOCK, (i + 1) * BLOCK)
+        same = all(acting(a, prompt_a, p) == acting(b, prompt_b, p) for p in positions)
+        key_a, key_b = keys(a, prompt_a)[i], keys(b, prompt_b)[i]
+        if key_a == key_b:
+            assert same
+        assert (key_a is None) == all(not acting(a, prompt_a, p) for p in positions)
+
+
+@pytest.mark.parametrize("change", [{"shift": 2.0}, {"preserve_norm": True}])
+def test_what_the_edits_do_is_part_of_the_key(change):
+    assert keys(plan_of(Target("all")), 8) != keys(plan_of(Target("all"), **change), 8)
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), max_size=8), st.integers(0, 90), st.integers(0, 90))
+def test_spans_count_each_position_once(spans, first, end):
+    counted = TokenSpans()
+    positions = set()
+    for start, length in spans:
+        counted.add(start, start + length)
+        positions.update(range(start, start + length))
+    assert counted.count(first, end) == len(positions & set(range(first, end)))
+    assert counted.end == max(positions, default=-1) + 1
+
+
+def test_tokens_and_cached_tokens():
+    computed = TokenSpans()
+    computed.add(128, 200)
+    computed.add(200, 203)
+    # A prompt of 200 tokens, 128 of them from the cache, and 4 tokens returned: 3 of those were fed to the model.
+    assert applied_tokens(Target("all"), 200, 203, computed) == (75, 128)
+    assert applied_tokens(Target("prompt"), 200, 203, computed) == (72, 128)
+    assert applied_tokens(Target("generation"), 200, 203, computed) == (3, 0)
+    assert applied_tokens(Target("all", skip_first=130), 200, 203, computed) == (73, 0)
+    assert applied_tokens(Target("prompt", skip_first=500), 200, 203, computed) == (0, 0)
