@@ -1,0 +1,140 @@
+"""Train an SAE with SAELens on harvested activations and save it as the project ships it.
+
+SAELens' own runner feeds its trainer from a live model; here the activations come from a file, so that several SAEs can
+be trained on one harvest. Everything else (architecture, loss, schedule, saving) is SAELens'.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import typer
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.training.sae_trainer import SAETrainer
+from safetensors.torch import load_file, save_file
+
+HELD_OUT = 0.04
+"""Share of the activations, at the end of the file, that training never sees."""
+
+
+def open_activations(path: Path, d_in: int) -> tuple[np.ndarray, np.ndarray]:
+    """(training part, held-out part), each [tokens, d_in] float16."""
+    data = np.memmap(path, dtype=np.float16, mode="r").reshape(-1, d_in)
+    split = int(len(data) * (1 - HELD_OUT))
+    return data[:split], data[split:]
+
+
+def batches(data: np.ndarray, size: int, seed: int) -> Iterator[torch.Tensor]:
+    """Random batches without end, each token once per pass."""
+    rng = np.random.default_rng(seed)
+    while True:
+        order = rng.permutation(len(data))
+        for start in range(0, len(order) - size + 1, size):
+            # Sorted within the batch: the file is read forwards.
+            yield torch.from_numpy(data[np.sort(order[start : start + size])].astype(np.float32))
+
+
+@torch.no_grad()
+def held_out_metrics(folder: Path, data: np.ndarray) -> dict[str, float]:
+    """Explained variance, L0 and dead features of the saved SAE, in float64, by the definition of its format."""
+    w = {name: tensor.double() for name, tensor in load_file(folder / "sae_weights.safetensors").items()}
+    k = json.loads((folder / "cfg.json").read_text())["k"]
+    n = len(data)
+    fired = torch.zeros(w["W_enc"].shape[1], dtype=torch.int64)
+    error = squares = active = 0.0
+    total = torch.zeros(data.shape[1], dtype=torch.float64)
+    for start in range(0, n, 4096):
+        x = torch.from_numpy(data[start : start + 4096].astype(np.float64))
+        top = ((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).topk(k, dim=-1)
+        values = top.values.relu()
+        f = torch.zeros(len(x), w["W_enc"].shape[1], dtype=torch.float64).scatter(1, top.indices, values)
+        error += float((x - f @ w["W_dec"] - w["b_dec"]).square().sum())
+        squares += float(x.square().sum())
+        total += x.sum(0)
+        active += float((f > 0).sum())
+        fired += (f > 0).sum(0)
+    variance = squares / n - float((total / n).square().sum())
+    return {
+        "explained_variance": 1 - error / n / variance,
+        "l0": active / n,
+        "dead_features": float((fired == 0).double().mean()),
+        "held_out_tokens": n,
+    }
+
+
+def main(
+    activations: Path,
+    layer: int,
+    out: Path,
+    d_in: int = 576,
+    expansion: int = 8,
+    k: int = 32,
+    samples: int = 6_000_000,
+    batch: int = 2048,
+    learning_rate: float = 4e-4,
+    seed: int = 0,
+) -> None:
+    """Train a TopK SAE on ACTIVATIONS of LAYER and save it in OUT."""
+    torch.manual_seed(seed)
+    train, held_out = open_activations(activations, d_in)
+    d_sae = expansion * d_in
+    config = TopKTrainingSAEConfig(
+        d_in=d_in,
+        d_sae=d_sae,
+        k=k,
+        normalize_activations="expected_average_only_in",
+        apply_b_dec_to_input=True,
+        aux_loss_coefficient=1 / 32,
+    )
+    sae = TopKTrainingSAE(config)
+    trainer = SAETrainer(
+        cfg=SAETrainerConfig(
+            total_training_samples=samples,
+            train_batch_size_samples=batch,
+            lr=learning_rate,
+            lr_end=learning_rate / 10,
+            lr_warm_up_steps=100,
+            lr_decay_steps=samples // batch // 3,
+            dead_feature_window=300,
+            n_batches_for_norm_estimate=50,
+            logger=LoggingConfig(log_to_wandb=False),
+        ),
+        sae=sae,
+        data_provider=batches(train, batch, seed),
+    )
+    trained = trainer.fit()
+    # Ranking by pre-activation times decoder norm becomes ranking by pre-activation.
+    trained.fold_W_dec_norm()
+    trained.cfg.rescale_acts_by_decoder_norm = False
+    trained.save_inference_model(str(out))
+    save_for_serving(out, layer, d_in)
+    metrics = held_out_metrics(out, held_out)
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    typer.echo(json.dumps(metrics, indent=1))
+
+
+def save_for_serving(folder: Path, layer: int, d_in: int) -> None:
+    """Half precision, and the metadata that the server reads."""
+    weights = load_file(folder / "sae_weights.safetensors")
+    kept = ("W_enc", "W_dec", "b_enc", "b_dec")
+    save_file({name: weights[name].to(torch.float16).contiguous() for name in kept}, folder / "sae_weights.safetensors")
+    config = json.loads((folder / "cfg.json").read_text())
+    config["dtype"] = "float16"
+    config["device"] = "cpu"
+    config["metadata"] |= {
+        "model_name": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "hook_name": f"blocks.{layer}.hook_resid_post",
+        "context_size": 256,
+        "prepend_bos": False,
+        "steer_server": {"name": f"smollm2-135m/l{layer}", "skip_first": 1},
+    }
+    (folder / "cfg.json").write_text(json.dumps(config, indent=1) + "\n")
+    for extra in ("sparsity.safetensors", "runner_cfg.json"):
+        (folder / extra).unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,36 @@
+"""What tests share: the embedded model, the SAEs that are made from the shipped one, and the engines."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before anything of vLLM is imported: little memory for the KV cache, and the plugin in every process.
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_PLUGINS", "steer_server")
+os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def model_dir() -> Path:
+    from steer_server.embedded_model import embedded_model
+
+    return embedded_model()
+
+
+@pytest.fixture(scope="session")
+def saes(tmp_path_factory) -> dict[str, str]:
+    """Folder by name: the shipped TopK SAE, and its weights under the other activation functions."""
+    from tests.e2e.saes import standard_and_jumprelu
+
+    shipped = Path(__file__).parents[1] / "sae_models" / "pretrained" / "smollm2-135m-l15"
+    derived = standard_and_jumprelu(shipped, tmp_path_factory.mktemp("saes"))
+    return {"smollm2-135m/l15": str(shipped)} | {name: str(folder) for name, folder in derived.items()}
+
+
+@pytest.fixture(scope="session")
+def oracle(model_dir, saes):
+    from tests.oracle.hf_oracle import Oracle
+
+    return Oracle(model_dir, saes)

@@ -1,0 +1,97 @@
+"""Requests that between them use every op, target and option, and what is expected of each."""
+
+import numpy as np
+import torch
+
+from tests.tensors import inline
+
+PROMPTS = [
+    "The history of the printing press begins with",
+    "My favourite recipe for tomato soup is simple. First,",
+    "Once upon a time, in a village by the sea, there lived",
+    "Dear hiring manager, I am writing to apply for",
+    "The three laws of thermodynamics state that",
+    "In Python, a dictionary is a data structure that",
+    "The doctor looked at the patient and said",
+    "Here are some tips for a better night's sleep:",
+]
+D_MODEL = 576
+
+
+def long_prompt(oracle_tokenizer, tokens, start=0):
+    """Token ids of a text of exactly `tokens` tokens."""
+    text = " ".join(PROMPTS[(start + i) % len(PROMPTS)] for i in range(tokens))
+    return oracle_tokenizer(text)["input_ids"][:tokens]
+
+
+def direction(seed, scale=1.0, rows=None):
+    """A reproducible vector, or matrix of `rows`, whose rows have norm `scale`."""
+    values = np.random.default_rng(seed).standard_normal((rows or 1, D_MODEL))
+    values *= scale / np.linalg.norm(values, axis=1, keepdims=True)
+    return values[0] if rows is None else values
+
+
+def active_features(oracle, sae, tokens, count):
+    """(index, largest activation) of features that are on, often but not always, on these tokens: edits of those are
+    conditional."""
+    acts = oracle.saes[sae].encode(oracle.residual(tokens, oracle.saes[sae].layer))[1:]
+    rate = (acts > 0).double().mean(0)
+    score = torch.where((rate > 0.05) & (rate < 0.95), acts.mean(0), -1.0)
+    return [(index, float(acts[:, index].max())) for index in score.topk(count).indices.tolist()]
+
+
+def feature_specs(oracle, sae, tokens):
+    """One spec for each feature op, its value in proportion to the feature's own activations."""
+    values = {"set": 2.0, "add": 1.5, "min": 3.0, "max": 0.1, "scale": -1.5, "ablate": None}
+    specs = {}
+    for (op, value), (index, largest) in zip(values.items(), active_features(oracle, sae, tokens, 6), strict=True):
+        entry = {"sae": sae, "index": index, "op": op}
+        if value is not None:
+            entry["value"] = round(value if op == "scale" else value * largest, 2)
+        specs[f"{sae} {op}"] = {"features": [entry]}
+    return specs
+
+
+def all_specs(oracle, tokens):
+    """Specs by name; together they cover features, vectors, targets, several entries at once and preserve_norm."""
+    specs = {}
+    for sae in oracle.saes:
+        specs |= feature_specs(oracle, sae, tokens)
+    # A direction in which these texts differ: without it the model still makes sense.
+    stream = oracle.residual(tokens, 12)[1:]
+    contrast = (stream[: len(stream) // 2].mean(0) - stream[len(stream) // 2 :].mean(0)).numpy()
+    some = active_features(oracle, "smollm2-135m/l15", tokens, 8)
+    add = {"data": inline(direction(1, 8.0)), "layers": [12], "op": "add", "strength": 2.0}
+    specs |= {
+        "add": {"vectors": [add]},
+        "add f16, negative": {"vectors": [add | {"data": inline(direction(2, 8.0), "float16"), "strength": -1.5}]},
+        "add bf16 everywhere": {
+            "vectors": [add | {"data": inline(direction(3, 1.0), "bfloat16"), "layers": list(range(30))}]
+        },
+        "add, a row for each layer": {"vectors": [add | {"data": inline(direction(4, 6.0, 3)), "layers": [5, 14, 25]}]},
+        "project_out": {"vectors": [{"data": inline(contrast), "layers": [12, 13], "op": "project_out"}]},
+        "scale_along": {"vectors": [{"data": inline(contrast), "layers": [12], "op": "scale_along", "strength": 1.8}]},
+        "cap": {"vectors": [{"data": inline(contrast), "layers": [12, 20], "op": "cap", "min": -3.0, "max": 3.0}]},
+        "prompt only": {"vectors": [add], "apply": {"phase": "prompt"}},
+        "generation only": {"vectors": [add | {"strength": 4.0}], "apply": {"phase": "generation"}},
+        "skip_first": {"vectors": [add | {"strength": 4.0}], "apply": {"skip_first": 5}},
+        "preserve_norm": {"vectors": [add | {"strength": 6.0}], "apply": {"preserve_norm": True}},
+        "eight features and a vector": {
+            "features": [{"sae": "smollm2-135m/l15", "index": i, "op": "scale", "value": 0.3} for i, _ in some],
+            "vectors": [add | {"layers": [15], "apply": {"phase": "generation"}}],
+            "apply": {"skip_first": 2},
+        },
+        "one feature, another in each phase": {
+            "features": [
+                {
+                    "sae": "test/jumprelu",
+                    "index": some[0][0],
+                    "op": "set",
+                    "value": some[0][1],
+                    "apply": {"phase": "prompt"},
+                },
+                {"sae": "test/jumprelu", "index": some[0][0], "op": "ablate", "apply": {"phase": "generation"}},
+            ]
+        },
+    }
+    return specs
