@@ -118,6 +118,8 @@ def doctor(
     model, flags = _split_model(arguments or [])
     options = steering_options(sae, pretrained_saes, steering_layers, None, None)
     os.environ.update(vllm_environment(embedded=model is None))
+    # Standard output is for the result.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     from steer_server.engine.vllm_compat.offline import self_test_checks
 
     checks = self_test_checks(vllm_arguments(model, flags, options))

@@ -134,7 +134,7 @@ def test_steered_first_then_unsteered(pressed, oracle, specs, tokenizer):
 
 
 def test_generated_blocks_are_keyed_by_where_generation_began(pressed, oracle, tokenizer):
-    """A second turn: the first answer, steered in generation only, is now prompt and must not be taken from its cache."""
+    """A second turn: the first answer, steered in generation only, is prompt now and not what the cache holds."""
     spec = {
         "vectors": [{"data": inline(direction(9, 8.0)), "layers": [10], "strength": 3.0}],
         "apply": {"phase": "generation"},
@@ -158,7 +158,7 @@ def test_bad_steering_is_refused_and_disturbs_nobody(pressed, oracle, specs, tok
 
 @pytest.fixture(scope="module")
 def compiled(model_dir, saes, pressed):
-    """torch.compile on, everything else as vLLM has it. After the eager engine's tests: two at once starve each other."""
+    """torch.compile on, everything else as vLLM has it. After the eager engine: two at once starve each other."""
     engines.stop(pressed)
     llm = engines.start(model_dir, saes, max_num_seqs=32)
     yield llm

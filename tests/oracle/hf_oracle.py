@@ -91,10 +91,7 @@ class Oracle:
             h = output[0].double() if output.dim() == 3 else output.double()
             delta = torch.zeros_like(h)
             for entry, mask in zip((*features, *vectors), masks, strict=True):
-                if "sae" in entry:
-                    change = self._feature_delta(entry, h)
-                else:
-                    change = self._vector_delta(entry, layer, h)
+                change = self._feature_delta(entry, h) if "sae" in entry else self._vector_delta(entry, layer, h)
                 delta += torch.where(mask[:, None], change, 0.0)
             edited = h + delta
             if spec.get("apply", {}).get("preserve_norm"):

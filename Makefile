@@ -1,0 +1,47 @@
+# `make serve` and `make test` do all their own set-up, on a machine that has nothing of ours installed.
+
+PYTHON ?= python3
+VENV   ?= .venv
+PORT   ?= 8000
+# More flags for `steer-server serve`, its own or vLLM's: make serve ARGS="--steering-layers 10-20"
+ARGS   ?=
+
+BIN    := $(VENV)/bin
+INPUTS := pyproject.toml scripts/install_engine.py
+
+.PHONY: serve test lint unit bench clean help
+
+help: ## Show this text
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+serve: $(VENV)/.installed ## Serve the embedded model on port 8000 (PORT=..., ARGS="...")
+	$(BIN)/steer-server serve --port $(PORT) $(ARGS)
+
+test: lint $(VENV)/.dev-installed ## Run the whole test suite
+	$(BIN)/python -m pytest
+
+unit: $(VENV)/.dev-installed ## Run the tests that start no engine
+	$(BIN)/python -m pytest -m "not engine"
+
+lint: $(VENV)/.dev-installed ## Run ruff, mypy and hadolint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile Dockerfile.cpu
+
+bench: $(VENV)/.dev-installed ## Measure the serving overhead against vanilla vLLM
+	$(BIN)/python benchmarks/serving_overhead.py
+
+clean: ## Remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(INPUTS) | $(BIN)/python
+	$(BIN)/python scripts/install_engine.py
+	touch $@
+
+$(VENV)/.dev-installed: $(INPUTS) | $(BIN)/python
+	$(BIN)/python scripts/install_engine.py dev
+	touch $@ $(VENV)/.installed
