@@ -1,0 +1,91 @@
+"""Real vLLM configurations: what cannot be steered exactly is refused at start-up, with what to change."""
+
+import json
+
+import pytest
+
+from steer_server.engine.config import ConfigError
+from steer_server.engine.vllm_compat.engine_config import steering_config
+from steer_server.engine.vllm_compat.supported import refuse_unsupported
+from steer_server.plugin import register
+from tests.e2e.tiny_models import GPT2, LLAMA, tiny
+from tests.sae_models.build import build_sae
+
+
+@pytest.fixture(scope="module")
+def create(tmp_path_factory):
+    """Engine configurations of a tiny Llama; `model` for another folder."""
+    register()
+    from vllm.engine.arg_utils import EngineArgs
+
+    llama = tiny(tmp_path_factory.mktemp("llama"), LLAMA)
+
+    def create(model=None, steering=None, **options):
+        settings = {"load_format": "dummy", "skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True}
+        if steering is not None:
+            settings["additional_config"] = {"steering": steering}
+        return EngineArgs(model=str(model or llama), **(settings | options)).create_engine_config()
+
+    return create
+
+
+def test_defaults(create):
+    config = steering_config(create(max_num_seqs=5))
+    assert (config.layers, config.d_model, config.n_layers) == ((0, 1, 2), 64, 3)
+    assert (config.max_edits, config.rows, config.budget) == (32, 5 * 64, None)
+
+
+def test_other_names_of_the_same_sizes(create, tmp_path):
+    config = steering_config(create(model=tiny(tmp_path, GPT2)))
+    assert (config.d_model, config.n_layers) == (64, 2)
+
+
+def test_options_arrive_and_others_keep_their_own(create):
+    vllm_config = create(additional_config={"steering": {"layers": [1]}, "other": 1})
+    assert steering_config(vllm_config).layers == (1,)
+    assert vllm_config.additional_config["other"] == 1
+    json.dumps(vllm_config.additional_config)
+
+
+def test_the_compiled_graphs_key_knows_the_layers_and_not_the_saes(create, tmp_path):
+    folder = build_sae(tmp_path / "s", d_in=64, layer=1)
+    plain, with_sae, fewer_layers = (
+        create(steering=steering).compute_hash() for steering in ({}, {"saes": {"x": str(folder)}}, {"layers": [1]})
+    )
+    assert plain == with_sae != fewer_layers
+
+
+def test_an_unarmed_configuration_has_another_key(create):
+    armed = create()
+    key = armed.compute_hash()
+    armed.additional_config = {}
+    assert armed.compute_hash() != key
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"pipeline_parallel_size": 2}, "--tensor-parallel-size"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "--speculative-config"),
+        ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "--kv-transfer-config"),
+        ({"steering": {"layers": [3]}}, "decoder layers 0 to 2"),
+        ({"steering": {"layer": [1]}}, "Options: layers, saes"),
+    ],
+)
+def test_refusals(create, options, says):
+    with pytest.raises(ConfigError, match=says):
+        create(**options)
+
+
+def test_the_v2_runner_is_told_what_to_set(create, monkeypatch):
+    """vLLM builds no V2 configuration without Triton, so a V1 one says here that it is V2."""
+    vllm_config = create()
+    monkeypatch.setattr(type(vllm_config), "use_v2_model_runner", property(lambda self: True))
+    with pytest.raises(ConfigError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+        refuse_unsupported(vllm_config)
+
+
+def test_the_rust_front_end_is_refused(create, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(ConfigError, match="VLLM_USE_RUST_FRONTEND"):
+        create()

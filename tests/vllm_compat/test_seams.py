@@ -1,0 +1,122 @@
+"""Every place where vLLM is touched: there, as we know it, and replaced. A new vLLM release fails here first."""
+
+import importlib
+from types import SimpleNamespace
+
+import pytest
+
+from steer_server.engine.vllm_compat.patching import SeamMovedError, is_wrapped, wrap
+from steer_server.plugin import register
+
+SEAMS = [
+    ("vllm.engine.arg_utils", "EngineArgs", "create_engine_config"),
+    ("vllm.config.vllm", "VllmConfig", "compute_hash"),
+    ("vllm.v1.engine.input_processor", "InputProcessor", "__init__"),
+    ("vllm.v1.engine.input_processor", "InputProcessor", "process_inputs"),
+    ("vllm.v1.engine.output_processor", "OutputProcessor", "add_request"),
+    ("vllm.v1.engine.output_processor", "OutputProcessor", "process_outputs"),
+    ("vllm.v1.engine.output_processor", "RequestState", "make_request_output"),
+    ("vllm.v1.core.kv_cache_utils", None, "generate_block_hash_extra_keys"),
+    ("vllm.v1.core.block_pool", None, "generate_block_hash_extra_keys"),
+    ("vllm.v1.simple_kv_offload.manager", None, "generate_block_hash_extra_keys"),
+    ("vllm.v1.core.sched.scheduler", "Scheduler", "update_from_output"),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "load_model"),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "_update_states"),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "_model_forward"),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "sample_tokens"),
+    ("vllm.v1.worker.cpu_model_runner", "CPUModelRunner", "load_model"),
+    ("vllm.v1.worker.gpu_worker", "Worker", "compile_or_warm_up_model"),
+    ("vllm.v1.worker.cpu_worker", "CPUWorker", "compile_or_warm_up_model"),
+    ("vllm.entrypoints.openai.chat_completion.serving", "OpenAIServingChat", "create_chat_completion"),
+    ("vllm.entrypoints.openai.completion.serving", "OpenAIServingCompletion", "create_completion"),
+    ("vllm.entrypoints.openai.responses.serving", "OpenAIServingResponses", "create_responses"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    register()
+
+
+@pytest.mark.parametrize(("module", "owner", "name"), SEAMS, ids=[f"{o or m}.{n}" for m, o, n in SEAMS])
+def test_seam_is_in_place(module, owner, name):
+    imported = importlib.import_module(module)
+    assert is_wrapped(getattr(imported, owner) if owner else imported, name)
+
+
+def test_registering_again_changes_nothing():
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    before = Scheduler.update_from_output
+    register()
+    assert Scheduler.update_from_output is before
+
+
+def test_a_moved_seam_is_loud():
+    class Moved:
+        def renamed(self):
+            """What used to be called `method`."""
+
+        def method_with(self, other):
+            """Takes another parameter than it did."""
+
+    with pytest.raises(SeamMovedError, match="has no method"):
+        wrap(Moved, "method", (), lambda original: None)
+    with pytest.raises(SeamMovedError, match="takes no request"):
+        wrap(Moved, "method_with", ("request",), lambda original: None)
+
+
+def test_names_that_are_used_without_being_replaced():
+    """Attributes and fields that the wrappers read."""
+    import inspect
+
+    from vllm.forward_context import set_forward_context
+    from vllm.outputs import RequestOutput
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine import EngineCoreOutput, FinishReason
+    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.request import Request
+    from vllm.v1.worker.gpu_input_batch import InputBatch
+    from vllm.v1.worker.gpu_model_runner import AsyncGPUModelRunnerOutput
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    assert "skip_compiled" in inspect.signature(set_forward_context).parameters
+    assert {"kv_transfer_params", "request_id"} <= set(EngineCoreOutput.__struct_fields__)
+    assert "extra_args" in SamplingParams.__struct_fields__
+    assert {"ABORT", "ERROR"} <= set(FinishReason.__members__)
+    assert "_model_runner_output" in inspect.getsource(AsyncGPUModelRunnerOutput.__init__)
+    assert "num_computed_tokens_cpu" in inspect.getsource(InputBatch)
+    assert "num_prompt_tokens" in inspect.getsource(Request.__init__)
+    # Attributes of our own are set on these.
+    for holder in (ModelRunnerOutput([], {}), RequestOutput("r", None, None, None, [], True)):
+        holder.steering_probe = 1
+    assert hasattr(WorkerBase, "steering_self_test")
+
+
+def test_the_plan_crosses_vllms_wire_and_its_owner_stays():
+    """`extra_args` goes through vLLM's msgpack; the dict subclass arrives as a plain dict, without who it belongs to."""
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+    from steer_server.engine.vllm_compat.engine_core import wire_plan
+    from steer_server.engine.vllm_compat.frontend import WirePlan
+
+    params = SamplingParams(extra_args={"steering": WirePlan(SimpleNamespace(encoded_plan=b"\x01plan"))})
+    request = EngineCoreRequest("r", [1], None, params, None, 0.0, None, None, None)
+    received = MsgpackDecoder(EngineCoreRequest).decode(MsgpackEncoder().encode(request))
+    assert wire_plan(received.sampling_params) == b"\x01plan"
+    assert type(received.sampling_params.extra_args["steering"]) is dict
+    assert wire_plan(SamplingParams()) is None
+    assert wire_plan(None) is None
+
+
+def test_a_request_that_was_not_admitted_does_not_reach_the_engine():
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    params = SamplingParams(extra_args={"steering": {"features": []}})
+    request = EngineCoreRequest("r", [1], None, params, None, 0.0, None, None, None, external_req_id="r")
+    with pytest.raises(ValueError, match="was not admitted"):
+        OutputProcessor(None, log_stats=False).add_request(request, None)
