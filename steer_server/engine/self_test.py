@@ -123,14 +123,14 @@ def _test_sites(
     vectors = torch.randn(n, d_model, generator=generator) * size[:, None]
     directions = torch.nn.functional.normalize(torch.randn(n, d_model, generator=generator), dim=-1)
     rows = torch.cat([vectors, directions]).to(device=device, dtype=dtype)
-    sites = [Site(rows) for _ in range(n)]
+    sites = [Site() for _ in range(n)]
     for i, site in enumerate(sites):
         add, project_out = 1 + i, 1 + n + i
         records: list[dict[str, float]] = [
             {"start": add, "stop": add + 1, "read": -1, "write": i, "scale": 1.0, "shift": 1.0},
             {"start": project_out, "stop": project_out + 1, "read": n + i, "write": n + i},
         ]
-        site.edits = prepare_edits(_site_edits(records), device)
+        site.edits = prepare_edits(_site_edits(records), rows)
     return rows, sites
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -40,8 +40,8 @@ class _Request:
 class _Edits:
     """Edits of requests in a batch, their rows in the bank.
 
-    first, end: the positions of its sequence that an edit targets. site: where it acts. owner: whose it is, as a place
-    in the batch's steered requests. rows: everything else; its spans are filled in for each forward.
+    first, end: the positions of its sequence that an edit targets. site: where it acts, ascending. owner: whose it is,
+    as a place in the batch's steered requests. rows: everything else; its spans are filled in for each forward.
     """
 
     first: npt.NDArray[np.int64]
@@ -52,12 +52,14 @@ class _Edits:
 
     @staticmethod
     def concatenate(parts: list[_Edits]) -> _Edits:
+        site = np.concatenate([part.site for part in parts])
+        order = np.argsort(site, kind="stable")
         return _Edits(
-            first=np.concatenate([part.first for part in parts]),
-            end=np.concatenate([part.end for part in parts]),
-            site=np.concatenate([part.site for part in parts]),
-            owner=np.repeat(np.arange(len(parts)), [len(part.first) for part in parts]),
-            rows=SiteEdits.concatenate([part.rows for part in parts]),
+            first=np.concatenate([part.first for part in parts])[order],
+            end=np.concatenate([part.end for part in parts])[order],
+            site=site[order],
+            owner=np.repeat(np.arange(len(parts)), [len(part.first) for part in parts])[order],
+            rows=SiteEdits.concatenate([part.rows for part in parts]).take(order),
         )
 
 
@@ -66,11 +68,10 @@ class WorkerSteering:
 
     def __init__(self, config: SteeringConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.config = config
-        self._device = device
         self._saes: dict[str, SAE] = open_catalog(config.saes, config.d_model, config.layers).by_hash()
         self.bank = RowBank(config.rows, config.d_model, dtype, device)
         self.encoders, self._encoder_index = _topk_encoders(self._saes, device)
-        self.sites = [Site(self.bank.rows, self.encoders) for _ in config.layers]
+        self.sites = [Site(self.encoders) for _ in config.layers]
         self._site_of_layer = {layer: i for i, layer in enumerate(config.layers)}
         self._requests: dict[str, _Request] = {}
         self._batch: dict[str, _Edits] = {}
@@ -145,11 +146,11 @@ class WorkerSteering:
             return
         self._clear_table()
         self._table_key = key
-        rows, site = edits.rows.take(acting), edits.site[acting]
-        rows.start[:], rows.stop[:] = token_start, token_stop
-        self._active = [int(i) for i in np.unique(site)]
-        for i in self._active:
-            self.sites[i].edits = prepare_edits(rows.take(site == i), self._device)
+        rows, site = (edits.rows, edits.site) if acting.all() else (edits.rows.take(acting), edits.site[acting])
+        rows = replace(rows, start=token_start, stop=token_stop)
+        self._active, begins = (part.tolist() for part in np.unique(site, return_index=True))
+        for i, begin, end in zip(self._active, begins, [*begins[1:], len(site)], strict=True):
+            self.sites[i].edits = prepare_edits(rows.part(begin, end), self.bank.rows)
 
     def _clear_table(self) -> None:
         for i in self._active:

@@ -201,7 +201,12 @@ REFUSED = [
         "steering.features[0].sae",
         f"known SAEs: {SAE}, test/jumprelu",
     ),
-    ({"steering": {"features": [{"sae": SAE, "index": 10**6, "op": "ablate"}]}}, 400, "steering.features[0].index", "to 4607"),
+    (
+        {"steering": {"features": [{"sae": SAE, "index": 10**6, "op": "ablate"}]}},
+        400,
+        "steering.features[0].index",
+        "0 to 4607",
+    ),
     (
         {"steering": {"vectors": [{"data": inline(np.ones(64)), "layers": [12]}]}},
         400,

@@ -22,8 +22,8 @@ def server(tmp_path_factory, model_dir):
     vllm = Path(sys.executable).with_name("vllm")
     steering = {"steering": {"layers": [15, 16], "max_edits": 4, "rows": 12}}
     command = [
-        str(vllm), "serve", str(model_dir), "--served-model-name", "base", "--dtype", "float32", "--max-model-len", "1024",
-        "--enforce-eager", "--additional-config", json.dumps(steering),
+        str(vllm), "serve", str(model_dir), "--served-model-name", "base", "--dtype", "float32",
+        "--max-model-len", "1024", "--enforce-eager", "--additional-config", json.dumps(steering),
     ]  # fmt: skip
     with servers.running(command, log, {"VLLM_PLUGINS": "steer_server", "VLLM_USE_V2_MODEL_RUNNER": "0"}) as running:
         yield running

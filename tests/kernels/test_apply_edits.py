@@ -36,7 +36,7 @@ def build_edits(records: list[dict]) -> SiteEdits:
 
 def run(hidden, residual, rows, edits, encoders=()):
     out = hidden.clone()
-    apply_prepared(out, residual, rows, prepare_edits(edits, out.device), encoders)
+    apply_prepared(out, residual, prepare_edits(edits, rows), encoders)
     return out
 
 
@@ -213,20 +213,20 @@ def test_not_a_number_stays_with_its_token():
 
 def test_op_edits_in_place_and_counts_runs():
     rows = torch.ones(1, 4)
-    site = Site(rows)
+    site = Site()
     bind_sites([site])
     hidden = torch.zeros(2, 4)
     apply_edits(hidden, None, 0)
     assert site.runs == 0
     assert torch.equal(hidden, torch.zeros(2, 4))
-    site.edits = prepare_edits(build_edits([dict(start=1, stop=2, shift=2.0)]), hidden.device)
+    site.edits = prepare_edits(build_edits([dict(start=1, stop=2, shift=2.0)]), rows)
     apply_edits(hidden, None, 0)
     assert site.runs == 1
     assert torch.equal(hidden, torch.tensor([[0.0] * 4, [2.0] * 4]))
 
 
 def test_op_passes_opcheck():
-    bind_sites([Site(torch.ones(1, 4))])
+    bind_sites([Site()])
     torch.library.opcheck(apply_edits.default, (torch.randn(3, 4), torch.randn(3, 4), 0))
 
 
@@ -239,8 +239,8 @@ def test_compiled_graph_holds_no_copy_of_the_stream():
         apply_edits(hidden, residual, 0)
         return hidden + residual
 
-    site = Site(torch.ones(1, 8))
-    site.edits = prepare_edits(build_edits([dict(stop=3, shift=2.0)]), torch.device("cpu"))
+    site = Site()
+    site.edits = prepare_edits(build_edits([dict(stop=3, shift=2.0)]), torch.ones(1, 8))
     bind_sites([site])
     arguments = (torch.randn(3, 8), torch.randn(8, 8), torch.randn(3, 8))
     with torch.no_grad():

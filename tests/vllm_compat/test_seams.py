@@ -94,7 +94,7 @@ def test_names_that_are_used_without_being_replaced():
 
 
 def test_the_plan_crosses_vllms_wire_and_its_owner_stays():
-    """`extra_args` goes through vLLM's msgpack; the dict subclass arrives as a plain dict, without who it belongs to."""
+    """`extra_args` goes through vLLM's msgpack: our dict arrives as a plain one, without whom it belongs to."""
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder

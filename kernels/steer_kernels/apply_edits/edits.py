@@ -73,6 +73,10 @@ class SiteEdits:
         """The rows at `index` (positions or a mask), in that order."""
         return SiteEdits(*(getattr(self, field.name)[index] for field in fields(self)))
 
+    def part(self, start: int, stop: int) -> SiteEdits:
+        """Rows start to stop, as views."""
+        return SiteEdits(*(getattr(self, field.name)[start:stop] for field in fields(self)))
+
     @staticmethod
     def concatenate(parts: list[SiteEdits]) -> SiteEdits:
         return SiteEdits(

@@ -13,8 +13,7 @@ from steer_kernels.apply_edits.torch_path import PreparedEdits, apply_prepared
 class Site:
     """An armed hook point and what the current forward needs there."""
 
-    def __init__(self, rows: torch.Tensor, encoders: Sequence[TopKEncoder] = ()) -> None:
-        self.rows = rows
+    def __init__(self, encoders: Sequence[TopKEncoder] = ()) -> None:
         self.encoders = encoders
         self.edits: PreparedEdits | None = None
         self.runs = 0
@@ -22,7 +21,7 @@ class Site:
 
     def apply(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
         if self.edits is not None:
-            apply_prepared(hidden, residual, self.rows, self.edits, self.encoders)
+            apply_prepared(hidden, residual, self.edits, self.encoders)
             self.runs += 1
 
 

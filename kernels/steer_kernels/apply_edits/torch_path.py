@@ -1,7 +1,8 @@
 """The path in plain torch operations, fast on CPU.
 
-Index tensors are prepared once per distinct step table and reused while it lasts, which is most of decoding. Edits of
-one token become gathered rows (decode); edits of many tokens become small matrix products over a slice (prefill).
+What does not depend on the stream is computed when a step table is prepared and reused while the table lasts, which is
+most of decoding. Edits of one token become rows beside each other (decode); edits of many tokens become small matrix
+products over a slice (prefill).
 """
 
 from __future__ import annotations
@@ -10,19 +11,55 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from steer_kernels.apply_edits.edits import SiteEdits, TopKEncoder, stream_limit
+from steer_kernels.apply_edits.edits import FloatArray, IntArray, SiteEdits, TopKEncoder, stream_limit
 
-# Below this a gathered row costs less than a matrix product per span.
+# Below this, rows beside each other cost less than a matrix product per span.
 MIN_SPAN = 8
 # Bounds the [tokens, d_sae] pre-activations that a TopK membership test holds at once.
 MEMBERSHIP_CHUNK = 256
 
 
+class _Tokens:
+    """Some tokens of the batch: a slice where they lie together, which costs no copy, else an index."""
+
+    def __init__(self, tokens: IntArray, device: torch.device) -> None:
+        first, last = int(tokens[0]), int(tokens[-1])
+        self.index: torch.Tensor | slice
+        if last - first == len(tokens) - 1 and bool((np.diff(tokens) == 1).all()):
+            self.index = slice(first, last + 1)
+        else:
+            self.index = torch.from_numpy(tokens).to(device)
+
+    def stream(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """Their residual stream, float32."""
+        part = self.of(hidden)
+        if residual is None:
+            return part.float()
+        return torch.add(part.float(), self.of(residual).float())
+
+    def add_to(self, total: torch.Tensor, delta: torch.Tensor) -> None:
+        """Add delta [tokens, d_model] to their rows of `total`."""
+        if isinstance(self.index, slice):
+            total[self.index].add_(delta)
+        else:
+            total.index_add_(0, self.index, delta)
+
+    def assign(self, hidden: torch.Tensor, values: torch.Tensor) -> None:
+        if isinstance(self.index, slice):
+            hidden[self.index].copy_(values)
+        else:
+            hidden.index_copy_(0, self.index, values)
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[self.index] if isinstance(self.index, slice) else tensor.index_select(0, self.index)
+
+
 @dataclass(frozen=True)
 class _Response:
-    """g(f) - f for P values; None where no row of the group needs the step."""
+    """g(f) - f for some values; None where no row of the group needs the step."""
 
     threshold: torch.Tensor | None
     scale: torch.Tensor
@@ -32,8 +69,8 @@ class _Response:
 
     @staticmethod
     def of(edits: SiteEdits, device: torch.device) -> _Response:
-        def column(values: np.ndarray, neutral: float) -> torch.Tensor | None:
-            return None if np.all(values == neutral) else torch.from_numpy(values).to(device)
+        def column(values: FloatArray, neutral: float) -> torch.Tensor | None:
+            return None if bool((values == neutral).all()) else torch.from_numpy(values).to(device)
 
         return _Response(
             threshold=column(edits.threshold, -np.inf),
@@ -52,52 +89,60 @@ class _Response:
             g = torch.maximum(g, self.low)
         if self.high is not None:
             g = torch.minimum(g, self.high)
-        return g - f
+        return g.sub_(f)
 
 
 @dataclass(frozen=True)
 class _ConstantPairs:
-    """Rows that read nothing, each on one token: delta = constant * write."""
+    """Rows that read nothing, each on one token. delta [P, d_model]: what they add."""
 
-    token: torch.Tensor
-    write: torch.Tensor
-    constant: torch.Tensor
+    tokens: _Tokens
+    delta: torch.Tensor
 
 
 @dataclass(frozen=True)
 class _ReadPairs:
-    """Rows that read, each on one token."""
+    """P rows that read, each on one token. read, write: [P, d_model] float32."""
 
-    token: torch.Tensor
+    tokens: _Tokens
     read: torch.Tensor
     write: torch.Tensor
     bias: torch.Tensor
     response: _Response
 
+    def pre_acts(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * self.read).sum(-1) + self.bias
+
 
 @dataclass(frozen=True)
 class _MemberPairs:
-    """Rows that read through one TopK encoder, each on one token."""
+    """Rows that read through one TopK encoder, each on one token. slot: the token's place among the distinct ones."""
 
     pairs: _ReadPairs
     encoder: int
     feature: torch.Tensor
-    tokens: torch.Tensor
-    token_slot: torch.Tensor
+    distinct: _Tokens
+    slot: torch.Tensor
 
 
 @dataclass(frozen=True)
 class _Span:
-    """n rows on the same tokens [start, stop)."""
+    """Rows on the same tokens [start, stop). constant [d_model]: what those that read nothing add, together."""
 
     start: int
     stop: int
-    constant_write: torch.Tensor | None
     constant: torch.Tensor | None
-    read: torch.Tensor | None
-    write: torch.Tensor | None
-    bias: torch.Tensor | None
-    response: _Response | None
+    reads: _SpanReads | None
+
+
+@dataclass(frozen=True)
+class _SpanReads:
+    """n rows that read. read, write: [n, d_model] float32."""
+
+    read: torch.Tensor
+    write: torch.Tensor
+    bias: torch.Tensor
+    response: _Response
 
 
 @dataclass(frozen=True)
@@ -108,19 +153,26 @@ class PreparedEdits:
     reads: _ReadPairs | None
     members: tuple[_MemberPairs, ...]
     spans: tuple[_Span, ...]
-    norm_tokens: torch.Tensor | None
+    norm_tokens: _Tokens | None
     first_token: int
     last_token: int
 
+    @property
+    def reads_stream(self) -> bool:
+        """Whether any edit depends on the stream, so that edits can compound from layer to layer."""
+        return self.reads is not None or bool(self.members) or any(span.reads is not None for span in self.spans)
 
-def _constant(edits: SiteEdits) -> np.ndarray:
+
+def _constant(edits: SiteEdits) -> FloatArray:
     """g(0): what a row writes that reads nothing."""
     return np.minimum(np.maximum(edits.shift, edits.low), edits.high)
 
 
-def _expand(edits: SiteEdits) -> SiteEdits:
+def _one_row_a_token(edits: SiteEdits) -> SiteEdits:
     """The same edits with one row per (row, token)."""
     lengths = edits.stop - edits.start
+    if bool((lengths == 1).all()):
+        return edits
     row = np.repeat(np.arange(len(edits)), lengths)
     offset = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     expanded = edits.take(row)
@@ -129,89 +181,110 @@ def _expand(edits: SiteEdits) -> SiteEdits:
     return expanded
 
 
-def _read_pairs(edits: SiteEdits, device: torch.device) -> _ReadPairs:
+def _gather(rows: torch.Tensor, index: IntArray) -> torch.Tensor:
+    """Bank rows as float32, never a view: the bank may change hands before the table does."""
+    return rows.index_select(0, torch.from_numpy(index).to(rows.device)).float()
+
+
+def _constant_pairs(edits: SiteEdits, rows: torch.Tensor) -> _ConstantPairs:
+    constant = torch.from_numpy(_constant(edits)).to(rows.device)
+    return _ConstantPairs(_Tokens(edits.start, rows.device), _gather(rows, edits.write).mul_(constant.unsqueeze(-1)))
+
+
+def _read_pairs(edits: SiteEdits, rows: torch.Tensor) -> _ReadPairs:
     return _ReadPairs(
-        token=torch.from_numpy(edits.start).to(device),
-        read=torch.from_numpy(edits.read).to(device),
-        write=torch.from_numpy(edits.write).to(device),
-        bias=torch.from_numpy(edits.bias).to(device),
-        response=_Response.of(edits, device),
+        tokens=_Tokens(edits.start, rows.device),
+        read=_gather(rows, edits.read),
+        write=_gather(rows, edits.write),
+        bias=torch.from_numpy(edits.bias).to(rows.device),
+        response=_Response.of(edits, rows.device),
     )
 
 
-def _member_pairs(edits: SiteEdits, encoder: int, device: torch.device) -> _MemberPairs:
+def _member_pairs(edits: SiteEdits, encoder: int, rows: torch.Tensor) -> _MemberPairs:
     tokens, slot = np.unique(edits.start, return_inverse=True)
     return _MemberPairs(
-        pairs=_read_pairs(edits, device),
+        pairs=_read_pairs(edits, rows),
         encoder=encoder,
-        feature=torch.from_numpy(edits.feature).to(device),
-        tokens=torch.from_numpy(tokens).to(device),
-        token_slot=torch.from_numpy(slot.astype(np.int64)).to(device),
+        feature=torch.from_numpy(edits.feature).to(rows.device),
+        distinct=_Tokens(tokens, rows.device),
+        slot=torch.from_numpy(slot.astype(np.int64)).to(rows.device),
     )
 
 
-def _span(edits: SiteEdits, device: torch.device) -> _Span:
+def _span(edits: SiteEdits, rows: torch.Tensor) -> _Span:
     reading = edits.read >= 0
     constants, reads = edits.take(~reading), edits.take(reading)
-    has_constants, has_reads = len(constants) > 0, len(reads) > 0
+    constant = None
+    if len(constants):
+        constant = torch.from_numpy(_constant(constants)).to(rows.device) @ _gather(rows, constants.write)
     return _Span(
         start=int(edits.start[0]),
         stop=int(edits.stop[0]),
-        constant_write=torch.from_numpy(constants.write).to(device) if has_constants else None,
-        constant=torch.from_numpy(_constant(constants)).to(device) if has_constants else None,
-        read=torch.from_numpy(reads.read).to(device) if has_reads else None,
-        write=torch.from_numpy(reads.write).to(device) if has_reads else None,
-        bias=torch.from_numpy(reads.bias).to(device) if has_reads else None,
-        response=_Response.of(reads, device) if has_reads else None,
+        constant=constant,
+        reads=_SpanReads(
+            read=_gather(rows, reads.read),
+            write=_gather(rows, reads.write),
+            bias=torch.from_numpy(reads.bias).to(rows.device),
+            response=_Response.of(reads, rows.device),
+        )
+        if len(reads)
+        else None,
     )
 
 
-def prepare_edits(edits: SiteEdits, device: torch.device) -> PreparedEdits:
-    """Sort `edits` (at least one row, none of them empty) into groups with their index tensors on `device`."""
-    member = edits.encoder >= 0
-    long = (edits.stop - edits.start >= MIN_SPAN) & ~member
-    single = _expand(edits.take(~long & ~member))
-    constants, reads = single.take(single.read < 0), single.take(single.read >= 0)
-    members = _expand(edits.take(member))
-    long_edits = edits.take(long)
-    bounds = np.stack([long_edits.start, long_edits.stop], axis=1)
-    norm_edits = _expand(edits.take(edits.preserve_norm))
+def _spans(edits: SiteEdits, rows: torch.Tensor) -> tuple[_Span, ...]:
+    bounds = np.stack([edits.start, edits.stop], axis=1)
+    return tuple(_span(edits.take((bounds == span).all(axis=1)), rows) for span in np.unique(bounds, axis=0))
+
+
+def _members(edits: SiteEdits, rows: torch.Tensor) -> tuple[_MemberPairs, ...]:
+    pairs = _one_row_a_token(edits)
+    return tuple(
+        _member_pairs(pairs.take(pairs.encoder == encoder), int(encoder), rows) for encoder in np.unique(pairs.encoder)
+    )
+
+
+def _split(edits: SiteEdits, mask: npt.NDArray[np.bool_]) -> tuple[SiteEdits | None, SiteEdits | None]:
+    """(rows where the mask holds, the others), None for none: most tables have one kind of row, which is not copied."""
+    if bool(mask.all()):
+        return edits, None
+    return (edits.take(mask), edits.take(~mask)) if bool(mask.any()) else (None, edits)
+
+
+def prepare_edits(edits: SiteEdits, rows: torch.Tensor) -> PreparedEdits:
+    """Sort `edits` (at least one row, each on at least one token) into groups that hold their part of the bank.
+
+    rows: [capacity, d_model], the row bank; what the edits use of it is copied.
+    """
+    members, others = _split(edits, edits.encoder >= 0)
+    long, short = _split(others, others.stop - others.start >= MIN_SPAN) if others is not None else (None, None)
+    constants = reads = None
+    if short is not None:
+        pairs = _one_row_a_token(short)
+        constants, reads = _split(pairs, pairs.read < 0)
+    norm_tokens = None
+    if bool(edits.preserve_norm.any()):
+        kept = _one_row_a_token(edits.take(edits.preserve_norm))
+        norm_tokens = _Tokens(np.unique(kept.start), rows.device)
     return PreparedEdits(
-        constants=_ConstantPairs(
-            token=torch.from_numpy(constants.start).to(device),
-            write=torch.from_numpy(constants.write).to(device),
-            constant=torch.from_numpy(_constant(constants)).to(device),
-        )
-        if len(constants)
-        else None,
-        reads=_read_pairs(reads, device) if len(reads) else None,
-        members=tuple(
-            _member_pairs(members.take(members.encoder == encoder), int(encoder), device)
-            for encoder in np.unique(members.encoder)
-        ),
-        spans=tuple(_span(long_edits.take((bounds == span).all(axis=1)), device) for span in np.unique(bounds, axis=0)),
-        norm_tokens=torch.from_numpy(np.unique(norm_edits.start)).to(device) if len(norm_edits) else None,
+        constants=None if constants is None else _constant_pairs(constants, rows),
+        reads=None if reads is None else _read_pairs(reads, rows),
+        members=() if members is None else _members(members, rows),
+        spans=() if long is None else _spans(long, rows),
+        norm_tokens=norm_tokens,
         first_token=int(edits.start.min()),
         last_token=int(edits.stop.max()),
     )
 
 
-def _stream(hidden: torch.Tensor, residual: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
-    gathered = hidden.index_select(0, tokens).float()
-    return gathered if residual is None else gathered.add_(residual.index_select(0, tokens).float())
-
-
-def _pre_acts(x: torch.Tensor, pairs: _ReadPairs, rows: torch.Tensor) -> torch.Tensor:
-    return (x * rows.index_select(0, pairs.read).float()).sum(-1) + pairs.bias
-
-
-def _member_activation(x: torch.Tensor, group: _MemberPairs, rows: torch.Tensor, encoder: TopKEncoder) -> torch.Tensor:
-    """TopK activations [P] of the group's features; x [U, d_model] is the stream of its distinct tokens."""
+def _member_activation(x: torch.Tensor, group: _MemberPairs, encoder: TopKEncoder) -> torch.Tensor:
+    """TopK activations [P] of the group's features; x [distinct tokens, d_model] is their stream."""
     f = torch.zeros_like(group.pairs.bias)
     # A feature with a pre-activation of zero or less is off whatever the others are: most need no full encode.
-    undecided = (_pre_acts(x.index_select(0, group.token_slot), group.pairs, rows) > 0).nonzero().squeeze(-1)
+    undecided = (group.pairs.pre_acts(x.index_select(0, group.slot)) > 0).nonzero().squeeze(-1)
     for chunk in undecided.split(MEMBERSHIP_CHUNK):
-        slots, inverse = torch.unique(group.token_slot[chunk], return_inverse=True)
+        slots, inverse = torch.unique(group.slot[chunk], return_inverse=True)
         all_pre = torch.addmm(encoder.b_enc, x.index_select(0, slots), encoder.W_enc).index_select(0, inverse)
         feature = group.feature[chunk].unsqueeze(-1)
         pre = all_pre.gather(1, feature)
@@ -225,67 +298,60 @@ def _member_activation(x: torch.Tensor, group: _MemberPairs, rows: torch.Tensor,
 def apply_prepared(
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
-    rows: torch.Tensor,
     edits: PreparedEdits,
     encoders: Sequence[TopKEncoder] = (),
 ) -> None:
     """Edit `hidden` in place so that hidden + residual becomes the edited residual stream.
 
-    hidden, residual: [tokens, d_model] (residual None: hidden is the stream). rows: [capacity, d_model].
+    hidden, residual: [tokens, d_model] (residual None: hidden is the stream).
     Reads, activations and sums are float32; `hidden` is written once, in its own dtype.
     """
     # All reads come before any write: several rows may act on one token.
-    pair_deltas: list[tuple[torch.Tensor, torch.Tensor]] = []
+    deltas: list[tuple[_Tokens, torch.Tensor]] = []
     if edits.constants is not None:
-        write = rows.index_select(0, edits.constants.write).float()
-        pair_deltas.append((edits.constants.token, write.mul_(edits.constants.constant.unsqueeze(-1))))
+        deltas.append((edits.constants.tokens, edits.constants.delta))
     if edits.reads is not None:
         pairs = edits.reads
-        pre = _pre_acts(_stream(hidden, residual, pairs.token), pairs, rows)
-        coefficient = pairs.response.coefficient(pairs.response.activation(pre))
-        pair_deltas.append((pairs.token, rows.index_select(0, pairs.write).float().mul_(coefficient.unsqueeze(-1))))
+        f = pairs.response.activation(pairs.pre_acts(pairs.tokens.stream(hidden, residual)))
+        deltas.append((pairs.tokens, pairs.write * pairs.response.coefficient(f).unsqueeze(-1)))
     for group in edits.members:
-        f = _member_activation(_stream(hidden, residual, group.tokens), group, rows, encoders[group.encoder])
-        coefficient = group.pairs.response.coefficient(f)
-        write = rows.index_select(0, group.pairs.write).float()
-        pair_deltas.append((group.pairs.token, write.mul_(coefficient.unsqueeze(-1))))
-    span_coefficients: list[torch.Tensor | None] = []
+        f = _member_activation(group.distinct.stream(hidden, residual), group, encoders[group.encoder])
+        pairs = group.pairs
+        deltas.append((pairs.tokens, pairs.write * pairs.response.coefficient(f).unsqueeze(-1)))
+    products: list[tuple[_Span, _SpanReads, torch.Tensor]] = []
     for span in edits.spans:
-        if span.read is None or span.bias is None or span.response is None:
-            span_coefficients.append(None)
-            continue
-        x = hidden[span.start : span.stop].float()
-        if residual is not None:
-            x = x + residual[span.start : span.stop].float()
-        pre = torch.addmm(span.bias, x, rows.index_select(0, span.read).float().T)
-        span_coefficients.append(span.response.coefficient(span.response.activation(pre)))
+        if span.reads is not None:
+            x = hidden[span.start : span.stop].float()
+            if residual is not None:
+                x = x + residual[span.start : span.stop].float()
+            pre = torch.addmm(span.reads.bias, x, span.reads.read.T)
+            response = span.reads.response
+            products.append((span, span.reads, response.coefficient(response.activation(pre))))
     norm_before = None
     if edits.norm_tokens is not None:
-        norm_before = torch.linalg.vector_norm(_stream(hidden, residual, edits.norm_tokens), dim=-1)
+        norm_before = torch.linalg.vector_norm(edits.norm_tokens.stream(hidden, residual), dim=-1)
 
     exact = hidden.dtype == torch.float32
-    first = 0 if exact else edits.first_token
-    touched = hidden[first : edits.last_token]
-    total = touched if exact else torch.zeros_like(touched, dtype=torch.float32)
-    for tokens, delta in pair_deltas:
-        total.index_add_(0, tokens if first == 0 else tokens - first, delta)
-    for span, coefficient_or_none in zip(edits.spans, span_coefficients, strict=True):
-        target = total[span.start - first : span.stop - first]
-        if coefficient_or_none is not None and span.write is not None:
-            target.addmm_(coefficient_or_none, rows.index_select(0, span.write).float())
-        if span.constant is not None and span.constant_write is not None:
-            target.add_(span.constant @ rows.index_select(0, span.constant_write).float())
+    total = hidden if exact else torch.zeros_like(hidden, dtype=torch.float32)
+    for tokens, delta in deltas:
+        tokens.add_to(total, delta)
+    for span, reads, coefficient in products:
+        total[span.start : span.stop].addmm_(coefficient, reads.write)
+    for span in edits.spans:
+        if span.constant is not None:
+            total[span.start : span.stop].add_(span.constant)
     limit = stream_limit(hidden.dtype)
-    if exact:
-        touched.clamp_(-limit, limit)
-    else:
-        edited = total + touched.float()
-        touched.copy_(torch.where(total == 0, edited, edited.clamp_(-limit, limit)))
+    touched = slice(edits.first_token, edits.last_token)
+    if not exact:
+        edited = total[touched] + hidden[touched].float()
+        hidden[touched] = torch.where(total[touched] == 0, edited, edited.clamp(-limit, limit)).to(hidden.dtype)
+    elif edits.reads_stream:
+        hidden[touched].clamp_(-limit, limit)
 
     if edits.norm_tokens is not None and norm_before is not None:
-        stream = _stream(hidden, residual, edits.norm_tokens)
+        stream = edits.norm_tokens.stream(hidden, residual)
         norm = torch.linalg.vector_norm(stream, dim=-1)
-        stream.mul_(torch.where(norm > 0, norm_before / norm, 1.0).unsqueeze(-1))
+        scaled = stream * torch.where(norm > 0, norm_before / norm, 1.0).unsqueeze(-1)
         if residual is not None:
-            stream.sub_(residual.index_select(0, edits.norm_tokens).float())
-        hidden.index_copy_(0, edits.norm_tokens, stream.to(hidden.dtype))
+            scaled.sub_(edits.norm_tokens.of(residual).float())
+        edits.norm_tokens.assign(hidden, scaled.to(hidden.dtype))
