@@ -1,8 +1,8 @@
 """What steering costs: throughput of a steered engine against vanilla vLLM with identical flags.
 
-Two engines live side by side, one without the plugin and one with it. Every steered run follows a vanilla run of the same
-size, and its ratio is to that one; the engine that is not measured is stopped (SIGSTOP), so that it uses no processor.
-Figures are medians over rounds. Run it with: make bench
+Two engines live side by side, one without the plugin and one with it. Every steered run follows a vanilla run of the
+same size, and its ratio is to that one; the engine that is not measured is stopped (SIGSTOP), so that it uses no
+processor. Figures are medians over rounds. Run it with: make bench
 """
 
 from __future__ import annotations

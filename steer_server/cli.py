@@ -99,7 +99,7 @@ def serve(
     options = steering_options(sae, pretrained_saes, steering_layers, steering_rows, steering_max_edits)
     command = vllm_arguments(model, flags, options)
     os.environ.update(vllm_environment(embedded=model is None))
-    console.print(f"vllm serve {' '.join(command)}", highlight=False, soft_wrap=True)
+    console.print(f"vllm serve {' '.join(command)}", highlight=False, markup=False, soft_wrap=True)
     os.execv(sys.executable, [sys.executable, "-m", "steer_server.engine.vllm_compat.vllm_cli", "serve", *command])
 
 
@@ -203,7 +203,7 @@ def vllm_arguments(model: str | None, flags: list[str], options: dict[str, Any])
         try:
             folder = embedded_model()
         except EmbeddedModelError as error:
-            console.print(f"[red]error:[/red] {error}", highlight=False)
+            console.print(f"error: {error}", highlight=False, markup=False)
             raise typer.Exit(1) from None
         given = {flag.partition("=")[0] for flag in flags}
         defaults = {"--served-model-name": [SERVED_NAME], "--dtype": ["float32"], "--max-model-len": ["4096"]}

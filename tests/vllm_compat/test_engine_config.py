@@ -5,7 +5,7 @@ import json
 import pytest
 
 from steer_server.engine.config import ConfigError
-from steer_server.engine.vllm_compat.engine_config import steering_config
+from steer_server.engine.vllm_compat.engine_config import OP_NAME, run_between_cuda_graphs, steering_config
 from steer_server.engine.vllm_compat.supported import refuse_unsupported
 from steer_server.plugin import register
 from tests.e2e.tiny_models import GPT2, LLAMA, tiny
@@ -31,7 +31,7 @@ def create(tmp_path_factory):
 
 def test_defaults(create):
     config = steering_config(create(max_num_seqs=5))
-    assert (config.layers, config.d_model, config.n_layers) == ((0, 1, 2), 64, 3)
+    assert (config.layers, config.d_model, config.n_layers) == ((0, 1, 2), 128, 3)
     assert (config.max_edits, config.rows, config.budget) == (32, 5 * 64, None)
 
 
@@ -48,7 +48,7 @@ def test_options_arrive_and_others_keep_their_own(create):
 
 
 def test_the_compiled_graphs_key_knows_the_layers_and_not_the_saes(create, tmp_path):
-    folder = build_sae(tmp_path / "s", d_in=64, layer=1)
+    folder = build_sae(tmp_path / "s", d_in=128, layer=1)
     plain, with_sae, fewer_layers = (
         create(steering=steering).compute_hash() for steering in ({}, {"saes": {"x": str(folder)}}, {"layers": [1]})
     )
@@ -75,6 +75,25 @@ def test_an_unarmed_configuration_has_another_key(create):
 def test_refusals(create, options, says):
     with pytest.raises(ConfigError, match=says):
         create(**options)
+
+
+def test_with_cuda_graphs_the_op_runs_between_them():
+    from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
+
+    def after(**settings):
+        compilation = CompilationConfig(**settings)
+        run_between_cuda_graphs(compilation)
+        return compilation
+
+    for splits in (None, [], ["vllm::unified_attention_with_output", "vllm::unified_kv_cache_update"]):
+        for mode in (CUDAGraphMode.FULL, CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.PIECEWISE):
+            changed = after(mode=CompilationMode.VLLM_COMPILE, cudagraph_mode=mode, splitting_ops=splits)
+            assert changed.cudagraph_mode == CUDAGraphMode.PIECEWISE
+            assert set(changed.splitting_ops) >= {OP_NAME, "vllm::unified_attention_with_output", *(splits or [])}
+            assert len(set(changed.splitting_ops)) == len(changed.splitting_ops)
+            assert changed.splitting_ops_contain_attention()
+    cpu = after(mode=CompilationMode.DYNAMO_TRACE_ONCE, cudagraph_mode=CUDAGraphMode.NONE)
+    assert cpu.splitting_ops is None
 
 
 def test_the_v2_runner_is_told_what_to_set(create, monkeypatch):
