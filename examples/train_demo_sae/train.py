@@ -20,9 +20,16 @@ HELD_OUT = 0.04
 """Share of the activations, at the end of the file, that training never sees."""
 
 
+OUTLIER = 10
+"""Tokens whose norm is over so many times the median are attention sinks in mid-sequence: left out everywhere."""
+
+
 def open_activations(path: Path, d_in: int) -> tuple[np.ndarray, np.ndarray]:
-    """(training part, held-out part), each [tokens, d_in] float16."""
+    """(training part, held-out part), each [tokens, d_in] float16, without outliers."""
     data = np.memmap(path, dtype=np.float16, mode="r").reshape(-1, d_in)
+    norms = np.concatenate([np.linalg.norm(part.astype(np.float32), axis=1) for part in np.array_split(data, 256)])
+    data = data[norms <= OUTLIER * np.median(norms)]
+    typer.echo(f"{len(norms):,} tokens, {len(norms) - len(data):,} outliers left out")
     split = int(len(data) * (1 - HELD_OUT))
     return data[:split], data[split:]
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from tests.e2e import servers
+from tests.e2e import readme, servers
 from tests.e2e.cases import direction
 from tests.tensors import inline
 
@@ -359,6 +359,11 @@ async def test_concurrent_requests_do_not_disturb_each_other(server):
 
     answers = await asyncio.gather(*(ask(i, cancel=n % 7 == 3) for n, i in enumerate(order)))
     assert answers == [alone[i] for i in order]
+
+
+@pytest.mark.parametrize(("language", "code", "printed"), readme.examples(), ids=["curl", "openai"])
+def test_the_readmes_examples_print_what_it_says(server, language, code, printed):
+    assert readme.run(language, code, server.url) == printed
 
 
 def test_the_server_is_still_well(server):
