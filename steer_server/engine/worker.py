@@ -148,8 +148,9 @@ class WorkerSteering:
         self._table_key = key
         rows, site = (edits.rows, edits.site) if acting.all() else (edits.rows.take(acting), edits.site[acting])
         rows = replace(rows, start=token_start, stop=token_stop)
-        self._active, begins = (part.tolist() for part in np.unique(site, return_index=True))
-        for i, begin, end in zip(self._active, begins, [*begins[1:], len(site)], strict=True):
+        active, begins = np.unique(site, return_index=True)
+        self._active = active.tolist()
+        for i, begin, end in zip(self._active, begins, np.append(begins, len(site))[1:], strict=True):
             self.sites[i].edits = prepare_edits(rows.part(begin, end), self.bank.rows)
 
     def _clear_table(self) -> None:

@@ -31,6 +31,11 @@ def direction(seed, scale=1.0, rows=None):
     return values[0] if rows is None else values
 
 
+def prompt_of(i):
+    """The prompt that the i-th spec, in the order of `all_specs`, is tried on."""
+    return PROMPTS[i % len(PROMPTS)]
+
+
 def active_features(oracle, sae, tokens, count):
     """(index, largest activation) of features that are on, often but not always, on these tokens: edits of those are
     conditional."""
@@ -40,11 +45,12 @@ def active_features(oracle, sae, tokens, count):
     return [(index, float(acts[:, index].max())) for index in score.topk(count).indices.tolist()]
 
 
-def feature_specs(oracle, sae, tokens):
-    """One spec for each feature op, its value in proportion to the feature's own activations."""
+def feature_specs(oracle, sae, prompts):
+    """One spec for each feature op, on a feature that is active in its own prompt."""
     values = {"set": 2.0, "add": 1.5, "min": 3.0, "max": 0.1, "scale": -1.5, "ablate": None}
     specs = {}
-    for (op, value), (index, largest) in zip(values.items(), active_features(oracle, sae, tokens, 6), strict=True):
+    for (op, value), tokens in zip(values.items(), prompts, strict=True):
+        ((index, largest),) = active_features(oracle, sae, tokens, 1)
         entry = {"sae": sae, "index": index, "op": op}
         if value is not None:
             entry["value"] = round(value if op == "scale" else value * largest, 2)
@@ -52,11 +58,13 @@ def feature_specs(oracle, sae, tokens):
     return specs
 
 
-def all_specs(oracle, tokens):
+def all_specs(oracle, tokenizer):
     """Specs by name; together they cover features, vectors, targets, several entries at once and preserve_norm."""
     specs = {}
     for sae in oracle.saes:
-        specs |= feature_specs(oracle, sae, tokens)
+        prompts = [tokenizer(prompt_of(len(specs) + i))["input_ids"] for i in range(6)]
+        specs |= feature_specs(oracle, sae, prompts)
+    tokens = tokenizer(" ".join(PROMPTS))["input_ids"]
     # A direction in which these texts differ: without it the model still makes sense.
     stream = oracle.residual(tokens, 12)[1:]
     contrast = (stream[: len(stream) // 2].mean(0) - stream[len(stream) // 2 :].mean(0)).numpy()

@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.e2e import engines
-from tests.e2e.cases import PROMPTS, all_specs, direction, long_prompt
+from tests.e2e.cases import PROMPTS, all_specs, direction, long_prompt, prompt_of
 from tests.tensors import inline
 
 pytestmark = pytest.mark.engine
@@ -19,7 +19,7 @@ def tokenizer(model_dir):
 
 @pytest.fixture(scope="module")
 def specs(oracle, tokenizer):
-    return all_specs(oracle, tokenizer(" ".join(PROMPTS))["input_ids"])
+    return all_specs(oracle, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +36,9 @@ def requests(specs, tokenizer, copies=1):
     """(name, spec or None, prompt): every spec, with unsteered requests among them."""
     listed = []
     for i, (name, spec) in enumerate(list(specs.items()) * copies):
-        listed.append((name, spec, tokenizer(PROMPTS[i % len(PROMPTS)])["input_ids"]))
+        listed.append((name, spec, tokenizer(prompt_of(i))["input_ids"]))
         if i % 6 == 5:
-            listed.append(("unsteered", None, tokenizer(PROMPTS[i % len(PROMPTS)])["input_ids"]))
+            listed.append(("unsteered", None, tokenizer(prompt_of(i))["input_ids"]))
     return listed
 
 
@@ -61,7 +61,7 @@ def run_and_compare(llm, oracle, listed):
 def test_every_spec_moves_the_model(oracle, specs, tokenizer):
     """Otherwise agreement with the oracle would prove nothing."""
     for i, (name, spec) in enumerate(specs.items()):
-        prompt = tokenizer(PROMPTS[i % len(PROMPTS)])["input_ids"]
+        prompt = tokenizer(prompt_of(i))["input_ids"]
         # The prompt's last four tokens stand in for generated ones, so that every phase has something to act on.
         steered, plain = (oracle.logprobs(prompt, len(prompt) - 4, s) for s in (spec, None))
         likely = steered.topk(3, dim=-1).indices

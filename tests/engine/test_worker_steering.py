@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from steer_kernels.apply_edits import apply_edits
 from steer_server.engine.admission import Admission
@@ -144,6 +146,56 @@ def test_a_life_of_three_requests_and_a_bystander(config):
     assert len(sim.worker.bank) == 0
     assert not sim.worker.has_requests
     assert sim.step([("x", 35, 1)]) is None
+
+
+def test_a_forward_in_which_no_edit_acts(config):
+    """The prompt of a request that is steered in generation only, alone in its batch."""
+    sim = Simulation(config)
+    sim.add("c", SPECS["generation"], prompt_len=5)
+    report = sim.step([("c", 0, 3)])
+    assert report.spans == {"c": (0, 3)}
+    assert report.missing_layers == []
+    sim.step([("c", 3, 2)])
+    sim.step([("c", 5, 1)])
+
+
+# A step names who is in the batch, in what order, and how many tokens each gets; a request may be preempted first.
+STEPS = st.lists(
+    st.lists(
+        st.tuples(st.sampled_from(["a", "b", "c", "x"]), st.integers(1, 7), st.sampled_from([False] * 4 + [True])),
+        min_size=1,
+        max_size=4,
+        unique_by=lambda entry: entry[0],
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@given(
+    steps=STEPS,
+    specs=st.lists(st.sampled_from([*SPECS, "empty"]), min_size=3, max_size=3),
+    lens=st.tuples(*[st.integers(1, 12)] * 3),
+)
+@settings(max_examples=60, deadline=None)
+def test_whatever_is_scheduled(config, steps, specs, lens):
+    sim = Simulation(config)
+    for request_id, spec, prompt_len in zip("abc", specs, lens, strict=True):
+        sim.add(request_id, SPECS.get(spec, {}), prompt_len)
+    computed = dict.fromkeys("abcx", 0)
+    for batch in steps:
+        scheduled = []
+        for request_id, tokens, preempted in batch:
+            first = 0 if preempted else computed[request_id]
+            scheduled.append((request_id, first, tokens))
+            computed[request_id] = first + tokens
+        report = sim.step(scheduled)
+        steered = {i: (first, first + tokens) for i, first, tokens in scheduled if i != "x"}
+        assert (report.spans if report else {}) == steered
+        assert report is None or report.missing_layers == []
+    for request_id in "abc":
+        sim.worker.remove_request(request_id)
+    assert len(sim.worker.bank) == 0
 
 
 def test_rows_of_a_request_that_is_not_in_the_batch_make_room(config):

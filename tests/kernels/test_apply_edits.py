@@ -21,6 +21,12 @@ from steer_kernels.apply_edits.reference import is_topk_member
 INF = float("inf")
 
 
+@pytest.fixture(autouse=True)
+def _unbind_sites():
+    yield
+    bind_sites(())
+
+
 def build_edits(records: list[dict]) -> SiteEdits:
     """SiteEdits from dicts; what a record leaves out is neutral (reads nothing, adds nothing)."""
     neutral = dict(
