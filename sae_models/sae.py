@@ -90,6 +90,13 @@ class SAE:
             encoder, bias, decoder = encoder * norm, bias * norm, decoder / norm
         return FeatureRows(encoder.float(), decoder.float(), float(bias), float(self._threshold[feature]))
 
+    def reconstruction_bias(self) -> torch.Tensor:
+        """What a reconstruction adds to the sum of activations times decoder rows: b_dec [d_in], float32.
+
+        Folding leaves it as it is: neither option changes what a feature contributes to the output.
+        """
+        return self._b_dec.float()
+
     def encoder(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(W_enc [d_in, d_sae], b_enc [d_sae]) of the whole SAE, float32, everything folded."""
         W_enc = self._file.get_tensor("W_enc").double()

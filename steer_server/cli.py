@@ -1,4 +1,4 @@
-"""`steer-server`: serve, doctor."""
+"""`steer-server`: serve, doctor, sae."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from steer_server import __version__
+from steer_server.sae.commands import app as sae_app
 
 app = typer.Typer(
     name="steer-server",
@@ -22,6 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(sae_app)
 console = Console(stderr=True)
 
 PLUGIN = "steer_server"

@@ -15,6 +15,13 @@ ALLOWED = {
     "steer_server.catalog": {"sae_models"},
     "steer_server.plan": {"steer_server.catalog", "sae_models"},
     "steer_server.engine": {"steer_server.plan", "steer_server.catalog", "sae_models", "steer_kernels"},
+    "steer_server.sae": {
+        "steer_server.engine",
+        "steer_server.plan",
+        "steer_server.catalog",
+        "sae_models",
+        "steer_kernels",
+    },
     "steer_server.api": {"steer_server.engine", "steer_server.plan", "steer_server.catalog", "sae_models"},
 }
 FOLDERS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, get_args
 
 from sae_models import SAE, HookPoint
@@ -12,8 +13,11 @@ from steer_server.spec.parse import NOT_BUILT
 from steer_server.spec.schema import MAX_ENTRIES, MAX_VALUE
 
 
-def capabilities(model: str, admission: Admission, checks: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """model: the name it is served by. checks: the start-up self-test of each worker."""
+def capabilities(
+    model: str, admission: Admission, checks: list[list[dict[str, Any]]], searchable: Collection[str]
+) -> dict[str, Any]:
+    """model: the name it is served by. checks: the start-up self-test of each worker. searchable: the SAEs whose
+    features can be searched."""
     config = admission.config
     return {
         "object": "steering.capabilities",
@@ -23,7 +27,7 @@ def capabilities(model: str, admission: Admission, checks: list[list[dict[str, A
         "n_layers": config.n_layers,
         "layers": list(config.layers),
         "hook_points": [str(HookPoint(layer)) for layer in config.layers],
-        "saes": [_described(name, sae) for name, sae in admission.catalog.saes.items()],
+        "saes": [_described(name, sae, name in searchable) for name, sae in admission.catalog.saes.items()],
         "features": {"ops": list(FEATURE_OPS), "units": list(UNITS)},
         "vectors": {
             "ops": list(VECTOR_OPS),
@@ -46,7 +50,7 @@ def capabilities(model: str, admission: Admission, checks: list[list[dict[str, A
     }
 
 
-def _described(name: str, sae: SAE) -> dict[str, Any]:
+def _described(name: str, sae: SAE, searchable: bool) -> dict[str, Any]:
     return {
         "name": name,
         "architecture": sae.architecture,
@@ -56,4 +60,5 @@ def _described(name: str, sae: SAE) -> dict[str, Any]:
         "hook_point": str(sae.hook_point),
         "skip_first": sae.skip_first,
         "sha256": sae.sha256,
+        "searchable": searchable,
     }

@@ -10,11 +10,14 @@ from starlette.datastructures import State
 
 from steer_server.api.capabilities import capabilities
 from steer_server.api.errors import handle_steering_error
+from steer_server.api.features import open_stores
+from steer_server.api.features import router as features_router
 from steer_server.api.middleware import SteeringMiddleware
 from steer_server.engine.vllm_compat.errors import SteeringRequestError
 from steer_server.engine.vllm_compat.frontend import admission_of
 
 router = APIRouter(prefix="/v1/steering", tags=["steering"])
+router.include_router(features_router)
 
 
 @router.get("/capabilities")
@@ -44,4 +47,5 @@ class SteeringEndpoint:
         checks = await engine_client.collective_rpc("steering_self_test")
         served = args.served_model_name
         name = (served[0] if isinstance(served, list) else served) or engine_client.model_config.model
-        state.steering = capabilities(name, admission, checks)
+        state.steering_features = open_stores(admission.catalog.saes)
+        state.steering = capabilities(name, admission, checks, searchable=state.steering_features.keys())

@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse
 from steer_server.engine.vllm_compat.errors import SteeringRequestError
 from steer_server.spec import SteeringError
 
-TYPES = {400: "BadRequestError", 404: "NotFoundError", 429: "RateLimitError"}
+TYPES = {400: "BadRequestError", 404: "NotFoundError", 429: "RateLimitError", 503: "ServiceUnavailableError"}
 
 
 def error_response(error: SteeringError) -> JSONResponse:

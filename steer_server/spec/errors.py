@@ -8,7 +8,8 @@ class SteeringError(ValueError):
 
     message: for people; names the value and what is allowed.
     param: the JSON path of the offending field, such as `steering.features[0].index`.
-    status: the HTTP status it becomes: 400, 404 (a name this server does not know) or 429 (no room now).
+    status: the HTTP status it becomes: 400, 404 (a name this server does not know), 429 (no room now) or
+        503 (a file that the server needs cannot be read any more).
     retry_after: seconds, with 429.
     """
 

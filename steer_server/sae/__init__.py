@@ -1,0 +1,1 @@
+"""`steer-server sae`: evidence, labels and fidelity of sparse autoencoders."""
