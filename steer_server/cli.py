@@ -6,7 +6,6 @@ import json
 import os
 import re
 import sys
-from importlib.metadata import entry_points
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from steer_server import __version__
+from steer_server.engine.environment import offline_environment, vllm_environment
 from steer_server.sae.commands import app as sae_app
 
 app = typer.Typer(
@@ -26,7 +26,6 @@ app = typer.Typer(
 app.add_typer(sae_app)
 console = Console(stderr=True)
 
-PLUGIN = "steer_server"
 PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 Model = Annotated[
@@ -119,9 +118,7 @@ def doctor(
     """
     model, flags = _split_model(arguments or [])
     options = steering_options(sae, pretrained_saes, steering_layers, None, None)
-    os.environ.update(vllm_environment(embedded=model is None))
-    # Standard output is for the result.
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.update(offline_environment(embedded=model is None))
     from steer_server.engine.vllm_compat.offline import self_test_checks
 
     checks = self_test_checks(vllm_arguments(model, flags, options))
@@ -232,29 +229,6 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def vllm_environment(embedded: bool) -> dict[str, str]:
-    """What the environment must say for the plugin to be loaded, keeping what it says already."""
-    environment: dict[str, str] = {}
-    named = os.environ.get("VLLM_PLUGINS")
-    if named is None:
-        # Naming one plugin would switch off the others, so those that load by default are named too.
-        groups = (
-            "vllm.general_plugins",
-            "vllm.platform_plugins",
-            "vllm.io_processor_plugins",
-            "vllm.stat_logger_plugins",
-        )
-        names = {point.name for group in groups for point in entry_points(group=group)}
-        environment["VLLM_PLUGINS"] = ",".join(sorted(names | {PLUGIN}))
-    elif PLUGIN not in named.split(","):
-        environment["VLLM_PLUGINS"] = f"{named},{PLUGIN}" if named else PLUGIN
-    if "VLLM_USE_V2_MODEL_RUNNER" not in os.environ:
-        environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    if embedded and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-        environment["VLLM_CPU_KVCACHE_SPACE"] = "2"
-    return environment
 
 
 if __name__ == "__main__":

@@ -121,8 +121,10 @@ def main(
     for result in results:
         same = result["steered"] == recorded[result["name"]]["steered"]
         verdict = "as recorded" if same else "DIFFERS from outputs.json"
-        typer.echo(f"{result['name']}: lift {result['lift']:+.2f}, KL {result['kl']:.2f}, perplexity "
-                   f"{result['perplexity_unsteered']:.1f} -> {result['perplexity_steered']:.1f}, {verdict}")  # fmt: skip
+        perplexities = f"{result['perplexity_unsteered']:.1f} -> {result['perplexity_steered']:.1f}"
+        typer.echo(
+            f"{result['name']}: lift {result['lift']:+.2f}, KL {result['kl']:.2f}, perplexity {perplexities}, {verdict}"
+        )
     if any(result["steered"] != recorded[result["name"]]["steered"] for result in results):
         raise typer.Exit(1)
 

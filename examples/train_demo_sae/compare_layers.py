@@ -2,9 +2,9 @@
 
 For every theme, layer and strength (a share of the layer's median residual norm) the server's own engine answers the
 prompts with the theme's direction added. Two things are measured: the share of the answer's words that belong to
-the theme, less that of the unsteered answer, and how much less fluent it is (mean log-probability under the unsteered model,
-less that of the unsteered answer). A layer's score is the mean over themes of the most words among the strengths that
-cost less than FLUENCY_LOSS.
+the theme, less that of the unsteered answer, and how much less fluent it is (mean log-probability under the unsteered
+model, less that of the unsteered answer). A layer's score is the mean over themes of the most words among the strengths
+that cost less than FLUENCY_LOSS.
 """
 
 import base64

@@ -1,5 +1,7 @@
-"""What tells what a feature means, in numbers and token ids: statistics of its activations over text, and its decoder row
-read through the unembedding. What ran the model and what the tokens are as text is known elsewhere.
+"""What tells what a feature means, in numbers and token ids.
+
+Statistics of its activations over text, and its decoder row read through the unembedding. What ran the model and what
+the tokens are as text is known elsewhere.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ SINK_NORM = 10.0
 """Tokens whose norm is over so many times the median are attention sinks in mid-sequence."""
 MIN_TOGETHER = 3
 """A token must be met with a feature so often before it may be informative: fewer are chance."""
-LABEL_INFORMATIVE, LABEL_TOKENS = 3, 5
+LABEL_TOKENS, LABEL_FILLED = 5, 3
+"""Tokens of an automatic label at most; raised tokens only make up for missing informative ones, to so many in all: in
+middle layers they say little."""
 
 # Activations are kept back to the longest span, so that a context can be widened to hold it.
 _BACK = max(WINDOW_BEFORE, SPAN_LENGTHS[-1] - 1)
@@ -272,18 +276,27 @@ def folded_unembedding(unembedding: torch.Tensor, gain: torch.Tensor, centres: b
     return folded - folded.mean(dim=0)
 
 
-def vocabulary_projection(
-    decoder: torch.Tensor, unembedding: torch.Tensor, top: int
-) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """((logits, rows) raised most, (logits, rows) lowered most) by decoder rows [n, d_in], each [n, top].
+@dataclass(frozen=True)
+class TopLogits:
+    """The tokens whose logits change most, for each of n decoder rows. tokens, logits: [n, top], most first."""
 
-    unembedding: of `folded_unembedding`; the logits are for an activation of one, but for the scale of the final norm.
-    Source: nostalgebraist's logit lens (2020); "VocabProj" of Gur-Arieh et al. 2025, "Enhancing Automated
-    Interpretability with Output-Centric Feature Descriptions".
+    tokens: Ints
+    logits: NDArray[np.float32]
+
+
+def vocabulary_projection(decoder: torch.Tensor, unembedding: torch.Tensor, top: int) -> tuple[TopLogits, TopLogits]:
+    """(raised, lowered) by decoder rows [n, d_in] that write one unit of activation, but for the final norm's scale.
+
+    unembedding: [vocabulary, d_in], of `folded_unembedding`. Source: nostalgebraist's logit lens (2020); "VocabProj" of
+    Gur-Arieh et al. 2025, "Enhancing Automated Interpretability with Output-Centric Feature Descriptions".
     """
     logits = decoder @ unembedding.T
     top = min(top, logits.shape[1])
-    return logits.topk(top), logits.topk(top, largest=False)
+    raised, lowered = logits.topk(top), logits.topk(top, largest=False)
+    return (
+        TopLogits(raised.indices.cpu().numpy(), raised.values.cpu().numpy()),
+        TopLogits(lowered.indices.cpu().numpy(), lowered.values.cpu().numpy()),
+    )
 
 
 def four_digits(value: float) -> float:
@@ -296,7 +309,7 @@ def automatic_label(feature: Feature) -> str:
     if feature.density == 0:
         return "never active in the evidence"
     words: dict[str, str] = {}
-    for scores, most in ((feature.informative, LABEL_INFORMATIVE), (feature.raised, LABEL_TOKENS)):
+    for scores, most in ((feature.informative, LABEL_TOKENS), (feature.raised, LABEL_FILLED)):
         for score in scores:
             word = score.token.strip()
             if word and len(words) < most:

@@ -37,7 +37,7 @@ class SteeringOptions(BaseModel):
     saes: dict[str, str] = Field({}, description="Folder of an SAE by the name that requests use.")
     pretrained: bool = Field(True, description="Load the shipped SAEs that were trained on this model.")
     rows: int | None = Field(None, ge=1, description="Capacity of the row bank. Default: enough for every batch.")
-    max_edits: int | None = Field(None, ge=1, le=1024, description="Edit rows that one request may use.")
+    max_edits: int | None = Field(None, ge=1, le=1 << 20, description="Edit rows that one request may use.")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from sae_models import SAE
-from steer_kernels.apply_edits import Site, SiteEdits, TopKEncoder, bind_sites, prepare_edits
+from steer_kernels.apply_edits import CapturingSite, Site, SiteEdits, TopKEncoder, bind_sites, prepare_edits
 from steer_server.catalog import open_catalog
 from steer_server.engine.config import SteeringConfig
 from steer_server.engine.row_bank import Row, RowBank
@@ -71,7 +71,8 @@ class WorkerSteering:
         self._saes: dict[str, SAE] = open_catalog(config.saes, config.d_model, config.layers).by_hash()
         self.bank = RowBank(config.rows, config.d_model, dtype, device)
         self.encoders, self._encoder_index = _topk_encoders(self._saes, device)
-        self.sites = [Site(self.encoders) for _ in config.layers]
+        self.sites: list[Site] = [Site(self.encoders) for _ in config.layers]
+        self._capturing: list[CapturingSite] = []
         self._site_of_layer = {layer: i for i, layer in enumerate(config.layers)}
         self._requests: dict[str, _Request] = {}
         self._batch: dict[str, _Edits] = {}
@@ -88,8 +89,25 @@ class WorkerSteering:
         return self.bank.nbytes + encoders
 
     @property
-    def has_requests(self) -> bool:
-        return bool(self._requests)
+    def has_work(self) -> bool:
+        """Whether a forward needs its sites armed."""
+        return bool(self._requests) or bool(self._capturing)
+
+    def capture(self, layers: Collection[int]) -> None:
+        """Keep the stream that leaves `layers` from the next forward on, of no layers: stop. Forgets what was kept."""
+        self._clear_table()
+        self.sites = [
+            CapturingSite(self.encoders) if layer in layers else Site(self.encoders) for layer in self.config.layers
+        ]
+        self._capturing = [site for site in self.sites if isinstance(site, CapturingSite)]
+
+    def take_captured(self) -> list[torch.Tensor]:
+        """For each captured layer, ascending, the stream of all forwards since the last call: [tokens, d_model]."""
+        taken = []
+        for site in self._capturing:
+            taken.append(torch.cat(site.captured) if site.captured else torch.zeros(0, self.config.d_model))
+            site.captured = []
+        return taken
 
     def add_request(self, request_id: str, plan: Plan, prompt_len: int) -> None:
         self._requests[request_id] = _Request(plan, prompt_len, plan.row_refs())
@@ -118,6 +136,8 @@ class WorkerSteering:
         self._fill(start, count, token)
         for i in self._active:
             self.sites[i].runs = 0
+        for site in self._capturing:
+            site.tokens = int(np.sum(counts))
         bind_sites(self.sites)
 
     def end_step(self) -> None:

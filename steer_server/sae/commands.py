@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +12,10 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
+from rich.progress import Progress, TaskID
 from rich.table import Table
+
+from steer_server.engine.environment import offline_environment
 
 if TYPE_CHECKING:
     from sae_models import SAE
@@ -29,7 +34,118 @@ StoreOption = Annotated[
     Path | None,
     typer.Option("--features", metavar="FILE", help="The SQLite file. Default: features.sqlite beside the weights."),
 ]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", help="Its model, a Hugging Face id or a folder. Default: the one that the SAE names."),
+]
+TextOption = Annotated[
+    list[Path],
+    typer.Option(
+        "--text", metavar="FILE", help="What to read: .jsonl with a `text` in each line, or plain text. Repeatable."
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def explain(
+    sae: SaeArgument,
+    text: TextOption,
+    model: ModelOption = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to read at most.")] = 400_000,
+    contexts: Annotated[int, typer.Option(min=1, max=100, help="Contexts to keep of each feature.")] = 10,
+    spans: Annotated[int, typer.Option(min=0, help="For how many of them to look for the shortest span.")] = 2,
+    source: Annotated[
+        list[str] | None, typer.Option(help="What the text is and its licence; kept in the file. Repeatable.")
+    ] = None,
+    features: StoreOption = None,
+) -> None:
+    """Compute the evidence for every feature: contexts, tokens, frequency. Writes features.sqlite beside the weights.
+
+    Labels in an earlier file of the same SAE stay.
+    """
+    from sae_models.features import FeatureStore, FeatureStoreError, Label, create_store
+    from steer_server.sae.explain import ExplainError
+    from steer_server.sae.explain import explain as collect
+    from steer_server.sae.texts import TextError, read_texts
+
+    loaded, path = _find(sae, features)
+    labels: list[Label] = []
+    with contextlib.suppress(FeatureStoreError):
+        earlier = FeatureStore(path, loaded.sha256)
+        labels = [Label(f.index, f.label, f.label_source) for f in earlier if f.label_source != "automatic"]
+    try:
+        texts = read_texts(text)
+        with Progress(console=console, transient=False) as bars:
+            tasks: dict[str, TaskID] = {}
+
+            def advance(stage: str, done: int, total: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bars.add_task(stage, total=total)
+                bars.update(tasks[stage], completed=done, total=total)
+
+            evidence, found = collect(
+                loaded,
+                _model(loaded, model),
+                texts,
+                source or [path.name for path in text],
+                tokens=tokens,
+                contexts=contexts,
+                spans=spans,
+                progress=advance,
+            )
+            _sound(lambda: create_store(path, evidence, found))
+    except (TextError, ExplainError) as error:
+        _fail(str(error))
+    if labels:
+        _sound(lambda: FeatureStore(path, loaded.sha256).relabel(labels))
+    console.print(
+        f"{evidence.tokens:,} tokens read; evidence of {loaded.d_sae:,} features, {len(labels)} labels kept: {path}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command("eval")
+def evaluate(
+    sae: SaeArgument,
+    text: TextOption,
+    model: ModelOption = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to run at most, six times each.")] = 20_000,
+    context_length: Annotated[int, typer.Option(min=2, help="Tokens of a sequence, at most.")] = 256,
+    eager: Annotated[bool, typer.Option("--eager", help="Serve without torch.compile, which starts sooner.")] = False,
+    histogram: Annotated[Path, typer.Option(metavar="PNG", help="Where to draw the densities of the features.")] = Path(
+        "feature-density.png"
+    ),
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the SAE's fidelity as served, beside Hugging Face in fp32: the two must agree.
+
+    Explained variance, CE-loss and KL scores, L0, and which features are active on each token. Exit status 1 where
+    served and reference differ by more than their bounds.
+    """
+    loaded, _ = _find(sae, None)
+    folder = _model(loaded, model)
+    os.environ.update(offline_environment(embedded=folder != model))
+    from steer_server.sae.evaluate import evaluate as measure
+    from steer_server.sae.fidelity import EvalError
+    from steer_server.sae.fidelity_plot import save_density_histogram
+    from steer_server.sae.texts import TextError, read_texts
+
+    try:
+        report = measure(loaded, folder, read_texts(text), tokens=tokens, context_length=context_length, eager=eager)
+    except (TextError, EvalError) as error:
+        _fail(str(error))
+    save_density_histogram(report, histogram)
+    if as_json:
+        typer.echo(json.dumps(report.as_json(), indent=1))
+    else:
+        Console().print(report.as_table())
+    for message in report.disagreements:
+        console.print(f"served and reference disagree: {message}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"feature densities drawn in {histogram}", highlight=False)
+    if not report.agrees:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -169,6 +285,22 @@ def _find(sae: str, features: Path | None) -> tuple[SAE, Path]:
     except CatalogError as error:
         _fail(str(error))
     return loaded, features or loaded.weights.parent / FILE_NAME
+
+
+def _model(sae: SAE, given: str | None) -> str:
+    """The model to run: the one given, or the SAE's own, which for the embedded model is its folder."""
+    from steer_server import embedded_model
+
+    if given is not None:
+        return given
+    if sae.model_name is None:
+        _fail(f"{sae.name} does not name its model; give it with --model")
+    if sae.model_name.rpartition("/")[2].lower() != embedded_model.NAME.lower():
+        return sae.model_name
+    try:
+        return str(embedded_model.embedded_model())
+    except embedded_model.EmbeddedModelError as error:
+        _fail(str(error))
 
 
 def _open(sae: str, features: Path | None) -> tuple[SAE, FeatureStore]:

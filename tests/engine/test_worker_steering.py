@@ -144,7 +144,7 @@ def test_a_life_of_three_requests_and_a_bystander(config):
         sim.worker.remove_request(request_id)
         del sim.specs[request_id]
     assert len(sim.worker.bank) == 0
-    assert not sim.worker.has_requests
+    assert not sim.worker.has_work
     assert sim.step([("x", 35, 1)]) is None
 
 

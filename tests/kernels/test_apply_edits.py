@@ -15,6 +15,7 @@ from steer_kernels.apply_edits import (
     apply_prepared,
     bind_sites,
     prepare_edits,
+    read_activations,
 )
 from steer_kernels.apply_edits.reference import is_topk_member
 
@@ -183,6 +184,35 @@ def test_topk_ties_go_to_the_lower_index():
         edits = build_edits([dict(read=0, write=1, threshold=0.0, scale=0.0, encoder=0, feature=feature)])
         expected = 1.0 - 2.0 if feature == 0 else 1.0
         assert run(hidden, None, rows, edits, [encoder]).item() == expected
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_every_feature_of_a_topk_sae_at_once(tokens):
+    """Half the encoder repeats the other half, so that every rank is a tie."""
+    torch.manual_seed(0)
+    d_model, d_sae, k = 12, 48, 7
+    W_enc, b_enc = torch.randn(d_model, d_sae // 2).repeat(1, 2), (torch.randn(d_sae // 2) * 0.1).repeat(2)
+    encoder = TopKEncoder(W_enc, b_enc, k)
+    hidden, residual = torch.randint(-3, 4, (2, tokens, d_model)).float()
+    rows = torch.cat([W_enc.T, torch.randn(d_sae, d_model)])
+    edits = build_edits(
+        [
+            dict(stop=tokens, read=i, write=d_sae + i, bias=float(b_enc[i]), threshold=0.0, scale=2.0, encoder=0,
+                 feature=i)
+            for i in range(d_sae)
+        ]
+    )  # fmt: skip
+    f = read_activations(hidden + residual, edits, rows, [encoder])
+    assert ((f > 0).sum(-1) <= k).all()
+    # The lower of two equal features is on wherever the upper is.
+    assert ((f[:, : d_sae // 2] > 0) | (f[:, d_sae // 2 :] == 0)).all()
+    out = run(hidden, residual, rows, edits, [encoder])
+    assert torch.allclose(out, hidden + f @ rows[d_sae:], atol=1e-4)
+    if tokens == 40:
+        pre_acts = (hidden + residual) @ W_enc + b_enc
+        for token in range(tokens):
+            members = [is_topk_member(pre_acts[token], i, k) and bool(pre_acts[token, i] > 0) for i in range(d_sae)]
+            assert (f[token] > 0).tolist() == members
 
 
 def test_preserve_norm_keeps_the_norm_and_survives_zero():

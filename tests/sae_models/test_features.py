@@ -83,7 +83,9 @@ def test_search_ranks_labels_over_tokens_over_contexts(store):
     assert found(store, "weeping ocean") == [1], "any word is enough"
 
 
-@pytest.mark.parametrize("query", ["", "   ", '"', "*", "^", "()", "NEAR", "AND OR NOT", "a NEAR/2 b", "label:x", "-", "'; --"])  # fmt: skip
+@pytest.mark.parametrize(
+    "query", ["", "   ", '"', "*", "^", "()", "NEAR", "AND OR NOT", "a NEAR/2 b", "label:x", "-", "'; --"]
+)
 def test_operators_are_words(store, query):
     assert set(found(store, query)) <= {0, 1, 2, 4, 5}
     assert found(store, '"and" NEAR(x)') == [5, 0] or found(store, '"and" NEAR(x)')[0] == 5

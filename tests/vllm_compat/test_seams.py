@@ -70,6 +70,7 @@ def test_names_that_are_used_without_being_replaced():
     """Attributes and fields that the wrappers read."""
     import inspect
 
+    from vllm import LLM
     from vllm.forward_context import set_forward_context
     from vllm.outputs import RequestOutput
     from vllm.sampling_params import SamplingParams
@@ -90,7 +91,10 @@ def test_names_that_are_used_without_being_replaced():
     # Attributes of our own are set on these.
     for holder in (ModelRunnerOutput([], {}), RequestOutput("r", None, None, None, [], True)):
         holder.steering_probe = 1
-    assert hasattr(WorkerBase, "steering_self_test")
+    for method in ("steering_self_test", "steering_capture", "steering_take_captured"):
+        assert hasattr(WorkerBase, method)
+    assert callable(LLM.collective_rpc)
+    assert "prompt_logprobs" in SamplingParams.__struct_fields__
 
 
 def test_the_plan_crosses_vllms_wire_and_its_owner_stays():

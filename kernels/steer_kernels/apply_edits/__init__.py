@@ -8,11 +8,12 @@ Every f is read from the incoming h and the deltas are summed, so the order of t
 """
 
 from steer_kernels.apply_edits.edits import SiteEdits, TopKEncoder
-from steer_kernels.apply_edits.op import Site, apply_edits, bind_sites
+from steer_kernels.apply_edits.op import CapturingSite, Site, apply_edits, bind_sites
 from steer_kernels.apply_edits.reference import apply_edits_reference
-from steer_kernels.apply_edits.torch_path import PreparedEdits, apply_prepared, prepare_edits
+from steer_kernels.apply_edits.torch_path import PreparedEdits, apply_prepared, prepare_edits, read_activations
 
 __all__ = [
+    "CapturingSite",
     "PreparedEdits",
     "Site",
     "SiteEdits",
@@ -22,4 +23,5 @@ __all__ = [
     "apply_prepared",
     "bind_sites",
     "prepare_edits",
+    "read_activations",
 ]

@@ -25,6 +25,22 @@ class Site:
             self.runs += 1
 
 
+class CapturingSite(Site):
+    """A site that keeps what leaves it: for measurements, so that the sites of a server pay nothing for them."""
+
+    def __init__(self, encoders: Sequence[TopKEncoder] = ()) -> None:
+        super().__init__(encoders)
+        self.tokens = 0
+        """How many of the next forward's rows are tokens; the rest is padding."""
+        self.captured: list[torch.Tensor] = []
+        """The residual stream [tokens, d_model] of each forward, float32."""
+
+    def apply(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+        super().apply(hidden, residual)
+        stream = hidden[: self.tokens].to(torch.float32, copy=True)
+        self.captured.append(stream if residual is None else stream.add_(residual[: self.tokens].float()))
+
+
 _bound: Sequence[Site] = ()
 
 

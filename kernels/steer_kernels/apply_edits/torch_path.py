@@ -127,7 +127,10 @@ class _MemberPairs:
 
 @dataclass(frozen=True)
 class _Span:
-    """Rows on the same tokens [start, stop). constant [d_model]: what those that read nothing add, together."""
+    """Rows on the same tokens [start, stop), through the same encoder or none.
+
+    constant [d_model]: what those that read nothing add, together.
+    """
 
     start: int
     stop: int
@@ -137,12 +140,39 @@ class _Span:
 
 @dataclass(frozen=True)
 class _SpanReads:
-    """n rows that read. read, write: [n, d_model] float32."""
+    """n rows that read. read, write: [n, d_model] float32. encoder, feature [n]: what TopK they read through, or -1."""
 
     read: torch.Tensor
     write: torch.Tensor
     bias: torch.Tensor
     response: _Response
+    encoder: int
+    feature: torch.Tensor
+
+    @staticmethod
+    def of(edits: SiteEdits, rows: torch.Tensor) -> _SpanReads:
+        return _SpanReads(
+            read=_gather(rows, edits.read),
+            write=_gather(rows, edits.write),
+            bias=torch.from_numpy(edits.bias).to(rows.device),
+            response=_Response.of(edits, rows.device),
+            encoder=int(edits.encoder[0]),
+            feature=torch.from_numpy(edits.feature).to(rows.device),
+        )
+
+    def activations(self, x: torch.Tensor, encoders: Sequence[TopKEncoder]) -> torch.Tensor:
+        """f [tokens, n] of x [tokens, d_model], float32."""
+        pre = torch.addmm(self.bias, x, self.read.T)
+        if self.encoder < 0:
+            return self.response.activation(pre)
+        encoder = encoders[self.encoder]
+        f = torch.zeros_like(pre)
+        # As for pairs: tokens on which no row can be on need no full encode.
+        undecided = (pre > 0).any(-1).nonzero().squeeze(-1)
+        for chunk in undecided.split(MEMBERSHIP_CHUNK):
+            all_pre = torch.addmm(encoder.b_enc, x.index_select(0, chunk), encoder.W_enc)
+            f[chunk] = _topk(all_pre, encoder.k).index_select(1, self.feature)
+        return f
 
 
 @dataclass(frozen=True)
@@ -222,20 +252,13 @@ def _span(edits: SiteEdits, rows: torch.Tensor) -> _Span:
         start=int(edits.start[0]),
         stop=int(edits.stop[0]),
         constant=constant,
-        reads=_SpanReads(
-            read=_gather(rows, reads.read),
-            write=_gather(rows, reads.write),
-            bias=torch.from_numpy(reads.bias).to(rows.device),
-            response=_Response.of(reads, rows.device),
-        )
-        if len(reads)
-        else None,
+        reads=_SpanReads.of(reads, rows) if len(reads) else None,
     )
 
 
 def _spans(edits: SiteEdits, rows: torch.Tensor) -> tuple[_Span, ...]:
-    bounds = np.stack([edits.start, edits.stop], axis=1)
-    return tuple(_span(edits.take((bounds == span).all(axis=1)), rows) for span in np.unique(bounds, axis=0))
+    kinds = np.stack([edits.start, edits.stop, edits.encoder], axis=1)
+    return tuple(_span(edits.take((kinds == kind).all(axis=1)), rows) for kind in np.unique(kinds, axis=0))
 
 
 def _members(edits: SiteEdits, rows: torch.Tensor) -> tuple[_MemberPairs, ...]:
@@ -257,11 +280,11 @@ def prepare_edits(edits: SiteEdits, rows: torch.Tensor) -> PreparedEdits:
 
     rows: [capacity, d_model], the row bank; what the edits use of it is copied.
     """
-    members, others = _split(edits, edits.encoder >= 0)
-    long, short = _split(others, others.stop - others.start >= MIN_SPAN) if others is not None else (None, None)
+    long, short = _split(edits, edits.stop - edits.start >= MIN_SPAN)
+    members, others = _split(short, short.encoder >= 0) if short is not None else (None, None)
     constants = reads = None
-    if short is not None:
-        pairs = _one_row_a_token(short)
+    if others is not None:
+        pairs = _one_row_a_token(others)
         constants, reads = _split(pairs, pairs.read < 0)
     norm_tokens = None
     if bool(edits.preserve_norm.any()):
@@ -295,6 +318,24 @@ def _member_activation(x: torch.Tensor, group: _MemberPairs, encoder: TopKEncode
     return f
 
 
+def _topk(pre_acts: torch.Tensor, k: int) -> torch.Tensor:
+    """TopK activations of whole rows of pre_acts [tokens, d_sae]; equal values go to the lower index."""
+    smallest = pre_acts.topk(k, dim=-1).values[:, -1:]
+    above, tied = pre_acts > smallest, pre_acts == smallest
+    room = k - above.sum(-1, keepdim=True)
+    return torch.where(above | (tied & (tied.cumsum(-1) <= room)), pre_acts.relu(), 0.0)
+
+
+def read_activations(
+    stream: torch.Tensor, edits: SiteEdits, rows: torch.Tensor, encoders: Sequence[TopKEncoder] = ()
+) -> torch.Tensor:
+    """f [tokens, E] that `edits` would act by on each token of stream [tokens, d_model], float32.
+
+    edits: E rows that read, all through the same encoder or none; where they start and stop is not looked at.
+    """
+    return _SpanReads.of(edits, rows).activations(stream.float(), encoders)
+
+
 def apply_prepared(
     hidden: torch.Tensor,
     residual: torch.Tensor | None,
@@ -324,9 +365,8 @@ def apply_prepared(
             x = hidden[span.start : span.stop].float()
             if residual is not None:
                 x = x + residual[span.start : span.stop].float()
-            pre = torch.addmm(span.reads.bias, x, span.reads.read.T)
-            response = span.reads.response
-            products.append((span, span.reads, response.coefficient(response.activation(pre))))
+            f = span.reads.activations(x, encoders)
+            products.append((span, span.reads, span.reads.response.coefficient(f)))
     norm_before = None
     if edits.norm_tokens is not None:
         norm_before = torch.linalg.vector_norm(edits.norm_tokens.stream(hidden, residual), dim=-1)

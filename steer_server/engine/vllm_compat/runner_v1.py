@@ -51,6 +51,8 @@ def _install_cpu_worker(module: ModuleType) -> None:
 
 def _install_worker_base(module: ModuleType) -> None:
     module.WorkerBase.steering_self_test = _self_test_result
+    module.WorkerBase.steering_capture = _capture
+    module.WorkerBase.steering_take_captured = _take_captured
 
 
 def _load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
@@ -89,7 +91,7 @@ def _update_states(original: Any, self: Any, scheduler_output: Any) -> Any:
 
 def _model_forward(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     steering: WorkerSteering | None = self.steering
-    if steering is None or not steering.has_requests:
+    if steering is None or not steering.has_work:
         return original(self, *args, **kwargs)
     batch = self.input_batch
     n = batch.num_reqs
@@ -124,6 +126,16 @@ def _self_test_result(self: Any) -> list[dict[str, object]]:
     """Worker method for `collective_rpc("steering_self_test")`: the start-up checks, one for each armed layer."""
     checks: list[LayerCheck] = getattr(self.model_runner, "steering_checks", [])
     return [check.as_dict() for check in checks]
+
+
+def _capture(self: Any, layers: list[int]) -> None:
+    """Worker method for `collective_rpc("steering_capture")`: keep what leaves `layers` from now on."""
+    self.model_runner.steering.capture(layers)
+
+
+def _take_captured(self: Any) -> list[bytes]:
+    """Worker method for `collective_rpc("steering_take_captured")`: float32 [tokens, d_model] of each layer."""
+    return [stream.cpu().numpy().tobytes() for stream in self.model_runner.steering.take_captured()]
 
 
 def _self_test(runner: Any, steering: WorkerSteering) -> list[LayerCheck]:
