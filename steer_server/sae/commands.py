@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
+from rich.text import Text
 
 from steer_server.engine.environment import offline_environment
 
@@ -172,7 +173,7 @@ def search(
     for row in rows:
         table.add_row(
             str(row["index"]),
-            row["label"],
+            Text(row["label"]),
             row["label_source"],
             _shown(row["max_activation"], ".1f"),
             _shown(row["density"], ".3%"),

@@ -103,14 +103,16 @@ def explain(
     context_length: tokens of a sequence, at most. batch: sequences that run at once. Raises ExplainError.
     """
     model = _open_model(model_path, sae)
-    chunks = _chunks(texts, model, context_length, tokens)
-    if not any(len(model.prefix) + len(chunk.ids) > sae.skip_first for chunk in chunks):
+    # A prefix is not text: it is left out even by an SAE that skips nothing.
+    skip = max(0, sae.skip_first - len(model.prefix))
+    chunks = _chunks(texts, model, skip, context_length, tokens)
+    if not chunks:
         raise ExplainError(f"no usable tokens in {len(texts)} texts: SAE {sae.name!r} skips {sae.skip_first} of each")
     rows = [sae.rows(feature) for feature in range(sae.d_sae)]
     decoder = torch.stack([row.decoder for row in rows])
     reader = _Reader(model, sae, torch.tensor([row.threshold for row in rows]))
     del rows
-    tally, mean_norm, sink_norm = _tally(reader, chunks, contexts, batch, progress)
+    tally, mean_norm, sink_norm = _tally(reader, chunks, skip, contexts, batch, progress)
     lengths = _span_lengths(reader, tally, chunks, spans, sink_norm, batch * context_length, progress)
     evidence = Evidence(
         sae_name=sae.name,
@@ -168,8 +170,9 @@ def _open_model(path: str | Path, sae: SAE) -> _Model:
     )
 
 
-def _chunks(texts: Sequence[str], model: _Model, context_length: int, tokens: int) -> list[_Chunk]:
-    """The texts in pieces that with the prefix have at most `context_length` tokens, and together at most `tokens`."""
+def _chunks(texts: Sequence[str], model: _Model, skip: int, context_length: int, tokens: int) -> list[_Chunk]:
+    """Pieces of the texts, each of more than `skip` tokens and with the prefix of at most `context_length`; `tokens` of
+    them at most."""
     length = min(context_length, model.max_positions or context_length) - len(model.prefix)
     if length < 1:
         raise ExplainError(f"context_length={context_length} has no room for text; the prefix is {model.prefix}")
@@ -181,7 +184,8 @@ def _chunks(texts: Sequence[str], model: _Model, context_length: int, tokens: in
         bounds = np.maximum.accumulate(np.concatenate(([0], ends)))
         for start in range(0, len(ids), length):
             stop = min(start + length, len(ids))
-            found.append(_Chunk(ids[start:stop], text, bounds[start : stop + 1]))
+            if stop - start > skip:
+                found.append(_Chunk(ids[start:stop], text, bounds[start : stop + 1]))
     random.Random(0).shuffle(found)
     together = np.cumsum([len(chunk.ids) for chunk in found])
     return found[: int(np.searchsorted(together, tokens, side="right"))]
@@ -233,12 +237,10 @@ class _Reader:
 
 @torch.inference_mode()
 def _tally(
-    reader: _Reader, chunks: Sequence[_Chunk], contexts: int, batch: int, progress: Progress
+    reader: _Reader, chunks: Sequence[_Chunk], skip: int, contexts: int, batch: int, progress: Progress
 ) -> tuple[Tally, float, float]:
-    """(what was counted, mean norm of the residual stream, norm from which a token is an attention sink)."""
-    model, sae = reader.model, reader.sae
-    skip = max(0, sae.skip_first - len(model.prefix))
-    tally = Tally(sae.d_sae, len(model.unembedding), contexts)
+    """(what was counted, mean norm of the residual stream, norm above which a token is an attention sink)."""
+    tally = Tally(reader.sae.d_sae, len(reader.model.unembedding), contexts)
     stream = reader.chunks(chunks, batch)
     first = list(islice(stream, CALIBRATION_BATCHES * batch))
     sink_norm = SINK_NORM * float(torch.cat([residual[skip:].norm(dim=-1) for _, residual in first]).median())
