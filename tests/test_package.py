@@ -30,6 +30,7 @@ def test_contents(wheel):
         "sae_models/pretrained/smollm2-135m-l15/sae_weights.safetensors",
         "sae_models/pretrained/smollm2-135m-l15/cfg.json",
         "sae_models/pretrained/smollm2-135m-l15/README.md",
+        "sae_models/pretrained/smollm2-135m-l15/features.sqlite",
         "steer_server/engine/vllm_compat/runner_v1.py",
     ):
         assert needed in names

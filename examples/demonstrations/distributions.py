@@ -28,17 +28,20 @@ def generate(llm: LLM, prompt: list[int], steering: dict | None, tokens: int) ->
         max_tokens=tokens,
         logprobs=-1,
         flat_logprobs=True,
+        # Else vLLM would decode the whole vocabulary at every step.
+        detokenize=False,
         extra_args=None if steering is None else {"steering": steering},
     )
     (output,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
     completion = output.outputs[0]
-    answer = Answer(completion.text, list(completion.token_ids), dense(completion.logprobs, len(completion.token_ids)))
-    return answer, getattr(output, "steering", None)
+    ids = list(completion.token_ids)
+    text = llm.get_tokenizer().decode(ids, skip_special_tokens=True)
+    return Answer(text, ids, dense(completion.logprobs, len(ids))), getattr(output, "steering", None)
 
 
 def read(llm: LLM, prompt: list[int], answer: list[int]) -> np.ndarray:
     """[tokens, vocab]: log-probabilities that the unsteered model gives at each token of someone's answer."""
-    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1, flat_logprobs=True)
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1, flat_logprobs=True, detokenize=False)
     (output,) = llm.generate([{"prompt_token_ids": prompt + answer}], params, use_tqdm=False)
     return dense(output.prompt_logprobs, len(prompt) + len(answer))[len(prompt) :]
 

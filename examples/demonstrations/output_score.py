@@ -44,7 +44,12 @@ def main(sae: str, out: Path = Path("output_scores.json"), labelled: bool = True
             steering = {"features": [{"sae": sae, "index": feature.index, "op": "set", "value": value}]}
             params.append(
                 SamplingParams(
-                    temperature=0, max_tokens=1, logprobs=-1, flat_logprobs=True, extra_args={"steering": steering}
+                    temperature=0,
+                    max_tokens=1,
+                    logprobs=-1,
+                    flat_logprobs=True,
+                    detokenize=False,
+                    extra_args={"steering": steering},
                 )
             )
         outputs = llm.generate([{"prompt_token_ids": prompt}] * len(part), params, use_tqdm=False)

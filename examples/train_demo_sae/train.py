@@ -15,6 +15,7 @@ import torch
 import typer
 from sae_lens import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file, save_file
 
@@ -52,7 +53,7 @@ def batches(data: np.ndarray, size: int, seed: int) -> Iterator[torch.Tensor]:
             yield torch.from_numpy(data[np.sort(order[start : start + size])].astype(np.float32))
 
 
-def untrained(architecture: Architecture, d_in: int, d_sae: int, l0: int, threshold: float, bandwidth: float) -> object:
+def untrained(architecture: Architecture, d_in: int, d_sae: int, l0: int, bandwidth: float) -> TrainingSAE:
     """A TopK SAE with k = l0, or a JumpReLU SAE that is pulled towards l0 active features (Gemma Scope 2's loss)."""
     shape = {"d_in": d_in, "d_sae": d_sae, "normalize_activations": "expected_average_only_in"}
     if architecture is Architecture.topk:
@@ -65,13 +66,31 @@ def untrained(architecture: Architecture, d_in: int, d_sae: int, l0: int, thresh
             apply_b_dec_to_input=True,
             jumprelu_sparsity_loss_mode="quadratic",
             target_l0=l0,
-            jumprelu_init_threshold=threshold,
             jumprelu_bandwidth=bandwidth,
             jumprelu_ste_to_input=True,
             pre_act_loss_coefficient=3e-6,
-            l0_warm_up_steps=300,
         )
     )
+
+
+@torch.no_grad()
+def start_from(sae: TrainingSAE, folder: Path, data: np.ndarray) -> None:
+    """Give `sae` the dictionary of a TopK SAE that this script saved.
+
+    A JumpReLU SAE gets one threshold for all its features, at which its L0 on a sample is the target.
+    """
+    w = load_file(folder / "sae_weights.safetensors")
+    sample = torch.from_numpy(data[:: max(1, len(data) // 8192)].astype(np.float32))
+    # Training sees activations scaled to norm sqrt(d_in); the decoder's rows have norm 1 on both sides.
+    scale = float(sae.cfg.d_in**0.5 / sample.norm(dim=1).mean())
+    sae.W_enc.data = w["W_enc"].float()
+    sae.W_dec.data = w["W_dec"].float()
+    sae.b_enc.data = w["b_enc"].float() * scale
+    sae.b_dec.data = w["b_dec"].float() * scale
+    if isinstance(sae, JumpReLUTrainingSAE):
+        pre_acts = (scale * sample - sae.b_dec) @ sae.W_enc + sae.b_enc
+        kept = int(sae.cfg.target_l0 * len(sample))
+        sae.threshold.data.fill_(float(pre_acts.flatten().topk(kept).values[-1]))
 
 
 def resume(trainer: SAETrainer, checkpoints: Path) -> None:
@@ -123,8 +142,8 @@ def main(
     d_in: int = 576,
     expansion: int = 8,
     l0: int = 32,
-    threshold: float = 0.5,
-    bandwidth: float = 0.5,
+    initial: Path | None = None,
+    bandwidth: float = 0.2,
     samples: int = 6_000_000,
     batch: int = 2048,
     learning_rate: float = 4e-4,
@@ -132,11 +151,15 @@ def main(
 ) -> None:
     """Train an SAE on ACTIVATIONS of LAYER and save it in OUT.
 
-    l0: active features per token. threshold, bandwidth: JumpReLU's, in units of an input of norm sqrt(d_in).
+    l0: active features per token. initial: a TopK SAE of this layer to start from, which a JumpReLU SAE needs: from
+    scratch most of its features die. bandwidth: JumpReLU's, in units of an input of norm sqrt(d_in).
     """
     torch.manual_seed(seed)
     train, held_out = open_activations(activations, d_in)
     checkpoints = out / "checkpoints"
+    sae = untrained(architecture, d_in, expansion * d_in, l0, bandwidth)
+    if initial is not None:
+        start_from(sae, initial, train)
     trainer = SAETrainer(
         cfg=SAETrainerConfig(
             total_training_samples=samples,
@@ -151,7 +174,7 @@ def main(
             checkpoint_path=str(checkpoints),
             logger=LoggingConfig(log_to_wandb=False),
         ),
-        sae=untrained(architecture, d_in, expansion * d_in, l0, threshold, bandwidth),
+        sae=sae,
         data_provider=batches(train, batch, seed),
     )
     resume(trainer, checkpoints)

@@ -371,3 +371,59 @@ def test_the_server_is_still_well(server):
     assert server.get("/health").status_code == 200
     assert "Traceback" not in server.log.read_text()
     assert chat(server, ADD).steering["applied"][0]["tokens"] > 0
+
+
+def test_features_can_be_searched(server):
+    found = server.get(f"/v1/steering/features?sae={SAE}&q=the+sea&limit=3").json()
+    assert found["object"] == "list"
+    best = found["data"][0]
+    assert len(found["data"]) == 3
+    assert best["sae"] == SAE
+    assert "sea" in best["label"]
+    assert best["max_activation"] > 0
+    assert 0 < best["density"] < 1
+    assert best["suggested"]["low"] < best["suggested"]["high"]
+    everywhere = server.get("/v1/steering/features?q=the+sea").json()["data"]
+    assert {row["sae"] for row in everywhere} == {SAE}, "the other one has no evidence"
+    assert len(everywhere) == 10
+    detail = server.get(f"/v1/steering/features/{SAE}/{best['index']}").json()
+    assert detail["label"] == best["label"]
+    strongest = detail["contexts"][0]
+    assert strongest["activations"][strongest["peak"]] == pytest.approx(detail["max_activation"], rel=1e-3)
+    assert detail["raised"]
+
+
+def test_what_is_searched_for_steers(server):
+    """From a word to a steered answer, with what the search returned."""
+    best = server.get(f"/v1/steering/features?sae={SAE}&q=sea").json()["data"][0]
+    value = (best["suggested"]["low"] + best["suggested"]["high"]) / 2
+    steering = {"features": [{"sae": best["sae"], "index": best["index"], "op": "set", "value": value}]}
+    assert chat(server, steering).choices[0].message.content != chat(server).choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "says"),
+    [
+        ("?q=sea&sae=absent", 404, "no SAE 'absent' is served; served: "),
+        ("?q=sea&sae=test/jumprelu", 404, "steer-server sae explain"),
+        (f"/{SAE}/4608", 404, "features 0 to 4607"),
+        ("/absent/0", 404, "no SAE 'absent'"),
+        (f"/{SAE}/x", 400, "index"),
+        ("", 400, "q"),
+        ("?q=sea&limit=0", 400, "limit"),
+        ("?q=sea&limit=101", 400, "limit"),
+    ],
+)
+def test_bad_searches(server, path, status, says):
+    response = server.get(f"/v1/steering/features{path}")
+    assert response.status_code == status, response.text
+    assert says in json.dumps(response.json()["error"])
+
+
+@pytest.mark.parametrize(
+    "query", ["%22", "%22%22+AND+%22", "*", "NEAR(", "%00", "'; DROP TABLE features; --", "😀", ""]
+)
+def test_any_query_is_answered(server, query):
+    response = server.get(f"/v1/steering/features?sae={SAE}&q={query}")
+    assert response.status_code == 200, response.text
+    assert isinstance(response.json()["data"], list)

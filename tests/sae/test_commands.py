@@ -41,12 +41,12 @@ def test_search(folder):
     shown = run("search", folder, "sea")
     assert shown.exit_code == 0
     assert "[blue]" in shown.stdout
-    assert "3 to 9" in shown.stdout
+    assert "2 to 5" in shown.stdout
     found = json.loads(run("search", folder, "sea", "--json").stdout)
     assert found == [
         {
             "index": 0, "label": "the sea [blue]", "label_source": "read", "max_activation": 4.0, "density": 0.01,
-            "suggested": {"op": "set", "low": 3.0, "high": 9.0},
+            "suggested": {"op": "set", "low": 2.0, "high": 5.0},
         }
     ]  # fmt: skip
     nothing = run("search", folder, '"')

@@ -400,6 +400,19 @@ def test_a_prefix_of_the_tokenizer_is_no_text(model_dir, tmp_path, tokenizer):
     assert all("".join(c.tokens) in TEXTS[0] for feature in features for c in feature.contexts)
 
 
+def test_a_span_that_is_a_sink_by_itself_is_none(model_dir, tmp_path):
+    """All second tokens are made sinks; a span of one token runs as the second of its sequence."""
+    folder = tiny_model(tmp_path / "model", model_dir, TINY["gpt2"])
+    weights = load_file(folder / "model.safetensors")
+    weights["transformer.wpe.weight"][1] *= 1000
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    sae = load(build_sae(tmp_path / "sae", d_in=16, d_sae=12, layer=0))
+    _, features = explain(sae, folder, TEXTS[1:2], SOURCES, spans=10)
+    spans = [c.span[1] - c.span[0] for feature in features for c in feature.contexts if c.span is not None]
+    assert spans
+    assert min(spans) > 1
+
+
 def test_texts_that_the_sae_skips_whole_change_nothing(model_dir, folders):
     sae = load(folders["topk"])
     runs = [
