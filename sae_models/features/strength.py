@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from sae_models.features.feature import Evidence, Feature
 
 LEAST_SHARE, MOST_SHARE = 0.2, 0.5
-"""Shares of the layer's mean residual norm that steering writes. About half of it is where steering a large model is best
-(Hugging Face's Eiffel Tower Llama, November 2025); more breaks the text, and small models break sooner, as this
-project's demonstrations show."""
+"""Shares of the layer's mean residual norm that steering writes. Large models steer best at about half of it (Hugging
+Face's Eiffel Tower Llama, November 2025); more breaks the text, and small models break sooner, as this project's
+demonstrations show."""
 
 
 @dataclass(frozen=True)
