@@ -1,10 +1,10 @@
 """Which layer steers best: difference-of-means directions of ten themes at each layer, before an SAE is trained there.
 
 For every theme, layer and strength (a share of the layer's median residual norm) the server's own engine answers the
-prompts with the theme's direction added. Two things are measured: the share of the answer's words that belong to
-the theme, less that of the unsteered answer, and how much less fluent it is (mean log-probability under the unsteered
-model, less that of the unsteered answer). A layer's score is the mean over themes of the most words among the strengths
-that cost less than FLUENCY_LOSS.
+prompts with the theme's direction added. Two things are measured: the share of the answer's distinct words that
+belong to the theme, less that of the unsteered answer, and how much less fluent it is (mean log-probability under the
+unsteered model, less that of the unsteered answer). A layer's score is the mean over themes of the most words among
+the strengths that cost less than FLUENCY_LOSS.
 """
 
 import base64
@@ -58,8 +58,8 @@ def mean_logprob(model: torch.nn.Module, prompt: list[int], answer: list[int]) -
 
 
 def word_share(text: str, words: list[str]) -> float:
-    """Share of the text's words that begin like one of the theme's."""
-    spoken = text.lower().split()
+    """Share of the text's distinct words that begin like one of the theme's; loops must not count."""
+    spoken = set(text.lower().split())
     return sum(any(w.strip("\"'.,!?*").startswith(word) for word in words) for w in spoken) / max(1, len(spoken))
 
 
