@@ -13,8 +13,8 @@ from steer_server.cli import (
     parse_layers,
     steering_options,
     vllm_arguments,
-    vllm_environment,
 )
+from steer_server.engine.environment import vllm_environment
 
 runner = CliRunner()
 

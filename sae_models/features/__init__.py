@@ -3,7 +3,7 @@
 from sae_models.features.feature import QUANTILES, Context, Evidence, Feature, LabelSource, TokenScore
 from sae_models.features.labels import Label, LabelError, read_labels
 from sae_models.features.neuronpedia import read_neuronpedia
-from sae_models.features.store import FILE_NAME, FeatureStore, FeatureStoreError, SearchHit, create_store
+from sae_models.features.store import FILE_NAME, FeatureStore, FeatureStoreError, SearchHit, create_store, relabelled
 from sae_models.features.strength import StrengthRange, suggested_strength
 from sae_models.features.summary import summary
 
@@ -24,6 +24,7 @@ __all__ = [
     "create_store",
     "read_labels",
     "read_neuronpedia",
+    "relabelled",
     "suggested_strength",
     "summary",
 ]

@@ -24,7 +24,8 @@ SPAN_LENGTHS = (1, 2, 4, 8, 16, 32)
 SPAN_SHARE = 0.8
 """A span is minimal when it is the shortest of SPAN_LENGTHS that alone gives this share of the peak's activation."""
 SINK_NORM = 10.0
-"""Tokens whose norm is over so many times the median are attention sinks in mid-sequence."""
+"""Tokens whose norm is over so many times the median are attention sinks in mid-sequence, which SAEs are not trained on
+(Sun et al. 2024, "Massive Activations in Large Language Models")."""
 MIN_TOGETHER = 3
 """A token must be met with a feature so often before it may be informative: fewer are chance."""
 LABEL_TOKENS, LABEL_FILLED = 5, 3

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_models.features.feature import Feature, TokenScore
-from sae_models.features.labels import LabelError, checked_label, json_rows
+from sae_models.features.labels import LabelError, checked_index, checked_label, json_rows
 
 
 def read_neuronpedia(paths: Iterable[Path], d_sae: int) -> dict[int, Feature]:
@@ -26,12 +26,12 @@ def read_neuronpedia(paths: Iterable[Path], d_sae: int) -> dict[int, Feature]:
     features: dict[int, Feature] = {}
     for path in paths:
         for where, row in json_rows(path):
-            index = _index(where, row, d_sae)
+            index = checked_index(where, row.get("index"), d_sae, as_text=True)
             feature = features.get(index) or Feature(index, None, None, None)
             if "description" in row:
                 if not feature.label:
-                    label = checked_label(where, index, row["description"], "imported", d_sae)
-                    feature = replace(feature, label=label.label, label_source="imported")
+                    label = checked_label(where, index, row["description"])
+                    feature = replace(feature, label=label, label_source="imported")
             elif "maxActApprox" in row or "frac_nonzero" in row:
                 feature = replace(
                     feature,
@@ -44,14 +44,6 @@ def read_neuronpedia(paths: Iterable[Path], d_sae: int) -> dict[int, Feature]:
                 raise LabelError(f"{where}: neither an explanation (`description`) nor a feature (`maxActApprox`)")
             features[index] = feature
     return features
-
-
-def _index(where: str, row: dict[str, Any], d_sae: int) -> int:
-    value = row.get("index")
-    index = int(value) if isinstance(value, str) and value.isdecimal() else value
-    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < d_sae:
-        raise LabelError(f"{where}: index must be a feature of the SAE, 0 to {d_sae - 1}, got {value!r}")
-    return index
 
 
 def _number(where: str, row: dict[str, Any], key: str) -> float | None:

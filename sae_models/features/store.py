@@ -72,6 +72,16 @@ def create_store(path: Path, evidence: Evidence, features: Iterable[Feature]) ->
         raise FeatureStoreError(f"{path}: cannot be written: {error}") from None
 
 
+def relabelled(features: Iterable[Feature], labels: Iterable[Label]) -> Iterator[Feature]:
+    """The features with these labels; one that was read yields only to one that was read."""
+    new = {label.index: label for label in labels}
+    for feature in features:
+        label = new.get(feature.index)
+        if label is not None and (label.source == "read" or feature.label_source != "read"):
+            feature = replace(feature, label=label.label, label_source=label.source)
+        yield feature
+
+
 class FeatureStore:
     """The evidence of one SAE. Raises FeatureStoreError where the file is damaged or of another SAE."""
 
@@ -126,19 +136,11 @@ class FeatureStore:
                 yield _feature(row)
 
     def relabel(self, labels: Iterable[Label]) -> int:
-        """Rewrite the file with these labels and return how many changed it; one that was read yields only to one that
-        was read."""
-        new = {label.index: label for label in labels}
-        changed = 0
-        features = []
-        for feature in self:
-            label = new.get(feature.index)
-            if label is not None and (label.source == "read" or feature.label_source != "read"):
-                changed += (label.label, label.source) != (feature.label, feature.label_source)
-                feature = replace(feature, label=label.label, label_source=label.source)
-            features.append(feature)
-        create_store(self.path, self.evidence, features)
-        return changed
+        """Rewrite the file with these labels, as `relabelled` puts them in, and return how many changed it."""
+        before = list(self)
+        after = list(relabelled(before, labels))
+        create_store(self.path, self.evidence, after)
+        return sum(old != new for old, new in zip(before, after, strict=True))
 
     @contextmanager
     def _connect(self) -> Iterator[sqlite3.Connection]:

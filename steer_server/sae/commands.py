@@ -65,7 +65,7 @@ def explain(
 
     Labels in an earlier file of the same SAE stay.
     """
-    from sae_models.features import FeatureStore, FeatureStoreError, Label, create_store
+    from sae_models.features import FeatureStore, FeatureStoreError, Label, create_store, relabelled
     from steer_server.sae.explain import ExplainError
     from steer_server.sae.explain import explain as collect
     from steer_server.sae.texts import TextError, read_texts
@@ -95,11 +95,9 @@ def explain(
                 spans=spans,
                 progress=advance,
             )
-            _sound(lambda: create_store(path, evidence, found))
+            _sound(lambda: create_store(path, evidence, relabelled(found, labels)))
     except (TextError, ExplainError) as error:
         _fail(str(error))
-    if labels:
-        _sound(lambda: FeatureStore(path, loaded.sha256).relabel(labels))
     console.print(
         f"{evidence.tokens:,} tokens read; evidence of {loaded.d_sae:,} features, {len(labels)} labels kept: {path}",
         highlight=False,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +10,7 @@ import numpy.typing as npt
 import torch
 from rich.table import Table
 
-SINK_NORM = 10.0
-"""Tokens whose norm is over this many times their sequence's median are attention sinks, which SAEs are not trained on
-(Sun et al. 2024, "Massive Activations in Large Language Models")."""
+from sae_models.features.evidence import SINK_NORM
 
 CE_SCORE_TOLERANCE = 0.002
 EXPLAINED_VARIANCE_TOLERANCE = 0.002
@@ -85,23 +82,24 @@ class Fidelity:
         return int((self.density > 0).sum())
 
     def as_json(self) -> dict[str, float | int]:
-        return {name: get(self) for name, (get, _) in MEASURES.items()}
+        return {name: getattr(self, name) for name in MEASURES}
 
 
-MEASURES: dict[str, tuple[Callable[[Fidelity], Any], str]] = {
-    "explained_variance": (lambda f: f.explained_variance, ".4f"),
-    "ce_score": (lambda f: f.ce_score, ".4f"),
-    "kl_score": (lambda f: f.kl_score, ".4f"),
-    "l0": (lambda f: f.l0, ".2f"),
-    "ce_clean": (lambda f: f.ce_clean, ".4f"),
-    "ce_sae": (lambda f: f.ce_sae, ".4f"),
-    "ce_zero": (lambda f: f.ce_zero, ".4f"),
-    "kl_sae": (lambda f: f.kl_sae, ".4f"),
-    "kl_zero": (lambda f: f.kl_zero, ".4f"),
-    "features_fired": (lambda f: f.features_fired, "d"),
-    "tokens": (lambda f: f.tokens, "d"),
-    "sinks": (lambda f: f.sinks, "d"),
+MEASURES = {
+    "explained_variance": ".4f",
+    "ce_score": ".4f",
+    "kl_score": ".4f",
+    "l0": ".2f",
+    "ce_clean": ".4f",
+    "ce_sae": ".4f",
+    "ce_zero": ".4f",
+    "kl_sae": ".4f",
+    "kl_zero": ".4f",
+    "features_fired": "d",
+    "tokens": "d",
+    "sinks": "d",
 }
+"""What of Fidelity is reported, in this order, and how it is written."""
 
 
 class FidelitySums:
@@ -215,8 +213,8 @@ class FidelityReport:
             title=f"{self.sae} at {self.hook_point} of {self.model}",
             caption=f"{self.sequences} sequences, Jaccard of active features {self.jaccard:.5f}: {verdict}",
         )
-        for name, (get, form) in MEASURES.items():
-            served, reference = get(self.served), get(self.reference)
+        for name, form in MEASURES.items():
+            served, reference = getattr(self.served, name), getattr(self.reference, name)
             difference = format(served - reference, f"+{form}" if form == "d" else "+.1e")
             table.add_row(name.replace("_", " "), format(served, form), format(reference, form), difference)
         return table

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from sae_models.json_lines import json_lines
 
 
 class TextError(ValueError):
@@ -18,27 +19,22 @@ def read_texts(paths: Sequence[Path]) -> list[str]:
     """
     texts: list[str] = []
     for path in paths:
-        try:
-            content = path.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise TextError(f"{path}: cannot be read: {error}") from None
-        texts += _lines(path, content) if path.suffix == ".jsonl" else [content]
+        texts += _lines(path) if path.suffix == ".jsonl" else [_whole(path)]
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise TextError(f"no text in {', '.join(map(str, paths))}")
     return texts
 
 
-def _lines(path: Path, content: str) -> list[str]:
-    texts = []
-    for number, line in enumerate(content.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise TextError(f"{path}:{number}: not JSON: {error}") from None
+def _lines(path: Path) -> Iterator[str]:
+    for where, row in json_lines(path, TextError):
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise TextError(f"{path}:{number}: not an object with a text in `text`")
-        texts.append(row["text"])
-    return texts
+            raise TextError(f"{where}: not an object with a text in `text`")
+        yield row["text"]
+
+
+def _whole(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TextError(f"{path}: cannot be read: {error}") from None
