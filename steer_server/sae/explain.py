@@ -25,7 +25,6 @@ from sae_models.features.evidence import (
     Ints,
     Peak,
     Tally,
-    activations,
     automatic_label,
     folded_unembedding,
     four_digits,
@@ -33,6 +32,7 @@ from sae_models.features.evidence import (
     vocabulary_projection,
 )
 from sae_models.features.feature import Context, Evidence, Feature, TokenScore
+from sae_models.token_norm import token_scales
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage of the work, how much of it is done, and how much there is."""
@@ -108,10 +108,8 @@ def explain(
     chunks = _chunks(texts, model, skip, context_length, tokens)
     if not chunks:
         raise ExplainError(f"no usable tokens in {len(texts)} texts: SAE {sae.name!r} skips {sae.skip_first} of each")
-    rows = [sae.rows(feature) for feature in range(sae.d_sae)]
-    decoder = torch.stack([row.decoder for row in rows])
-    reader = _Reader(model, sae, torch.tensor([row.threshold for row in rows]))
-    del rows
+    decoder = sae.decoder()
+    reader = _Reader(model, sae)
     tally, mean_norm, sink_norm = _tally(reader, chunks, skip, contexts, batch, progress)
     lengths = _span_lengths(reader, tally, chunks, spans, sink_norm, batch * context_length, progress)
     evidence = Evidence(
@@ -194,11 +192,9 @@ def _chunks(texts: Sequence[str], model: _Model, skip: int, context_length: int,
 class _Reader:
     """The residual stream after the SAE's layer, and the SAE's activations of it."""
 
-    def __init__(self, model: _Model, sae: SAE, threshold: torch.Tensor) -> None:
-        """threshold: float32 [d_sae]."""
+    def __init__(self, model: _Model, sae: SAE) -> None:
         self.model, self.sae = model, sae
         self._W_enc, self._b_enc = (tensor.to(model.device) for tensor in sae.encoder())
-        self._threshold = threshold.to(model.device)
         self._stream = torch.empty(0)
         model.layer.register_forward_hook(self._remember)
 
@@ -231,8 +227,8 @@ class _Reader:
     @torch.inference_mode()
     def activations(self, residual: torch.Tensor) -> torch.Tensor:
         """[n, d_sae] of residual [n, d_in], on the CPU."""
-        pre = torch.addmm(self._b_enc, residual, self._W_enc)
-        return activations(pre, self.sae.architecture, self.sae.k, self._threshold).cpu()
+        a, _ = token_scales(residual, self.sae.token_norm)
+        return self.sae.activate(torch.addmm(self._b_enc, a * residual, self._W_enc), residual).cpu()
 
 
 @torch.inference_mode()
