@@ -42,7 +42,7 @@ def final_norm(network: nn.Module, layers: nn.ModuleList, d_model: int) -> nn.Mo
 
 
 def watch(layer: nn.Module, point: HookPoint, see: Callable[[torch.Tensor], None]) -> Any:
-    """Call `see` with what passes `point` of `layer`, [sequences, tokens, width], in every forward. Returns the handle."""
+    """Call `see` with what passes `point` in every forward, [sequences, tokens, width]. Returns the hook's handle."""
 
     def output(module: nn.Module, inputs: Any, value: Any) -> None:
         see(value[0] if isinstance(value, tuple) else value)

@@ -171,7 +171,7 @@ def test_edit_rows_replace_the_stream_by_the_reconstruction(architecture, tokens
             apply_edits(hidden, residual, site)
         worker.end_step()
         reference = SAELensReference(tmp_path / "sae")
-        wanted = reference.decode(reference.encode(stream.double()))
+        wanted = reference.decode(reference.encode(stream.double()), stream)
         wanted = wanted if name == "sae" else torch.zeros_like(wanted)
         wanted[:2], wanted[tokens:] = stream[:2].double(), stream[tokens:].double()
         assert torch.allclose((hidden + residual).double(), wanted, atol=1e-5)
