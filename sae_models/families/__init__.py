@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from sae_models.families import saelens
+from sae_models.families import saelens, temporal
 
-FAMILIES: tuple[ModuleType, ...] = (saelens,)
+FAMILIES: tuple[ModuleType, ...] = (saelens, temporal)
 """In the order in which they are tried: the first that recognises a checkpoint reads it."""
