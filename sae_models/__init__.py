@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sae_models.checkpoint import Checkpoint, OpenPickle
+from sae_models.checkpoint import PICKLES, Checkpoint, OpenPickle
 from sae_models.errors import SAEFormatError
 from sae_models.families import FAMILIES
 from sae_models.hook_points import HookPoint
@@ -38,5 +38,7 @@ def load(location: Path | str, options: LoadOptions | None = None, open_pickle: 
             sae = family.load(checkpoint)
             checkpoint.refuse_unused_options()
             return sae
+    if path.suffix in PICKLES and open_pickle is None:
+        raise checkpoint.pickle_error(path)
     known = "; ".join(f"{family.NAME} ({family.LAYOUT})" for family in FAMILIES)
     raise SAEFormatError(f"{path}: not a checkpoint of a supported family; supported: {known}")

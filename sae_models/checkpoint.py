@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ class Checkpoint:
         self._options = options
         self._open_pickle = open_pickle
         self._asked: set[str] = set()
+        self._opened: dict[Path, TensorSource] = {}
 
     def option(self, name: str) -> Any:
         """The option `name`, or None; asking is what gives an option a use."""
@@ -59,6 +62,23 @@ class Checkpoint:
 
     def has(self, *names: str) -> bool:
         return all(self.file(name).is_file() for name in names)
+
+    @property
+    def location(self) -> str:
+        """The absolute path as it was named, for families whose folders say what their files leave out."""
+        return Path(os.path.abspath(self.path)).as_posix()  # noqa: PTH100 (resolve() leaves Hugging Face's cache)
+
+    def files(self, pattern: str) -> list[Path]:
+        """The file that was named, or those in the folder that was, whose names match `pattern` as a whole."""
+        found = [self.path] if self.path.is_file() else sorted(path for path in self.path.iterdir() if path.is_file())
+        return [path for path in found if re.fullmatch(pattern, path.name)]
+
+    def only_file(self, pattern: str) -> Path:
+        """The one of `files(pattern)`; SAEFormatError where there are several to choose from."""
+        found = self.files(pattern)
+        if len(found) != 1:
+            raise self.error(f"there are {len(found)} SAEs in it; name one of: {', '.join(p.name for p in found)}")
+        return found[0]
 
     def config(self, name: str) -> dict[str, Any]:
         """The JSON object in file `name`."""
@@ -91,12 +111,31 @@ class Checkpoint:
             return extracted(path)
         if path.suffix in PICKLES:
             if self._open_pickle is None:
-                raise SAEFormatError(
-                    f"{path} is a pickle, which can run code when it is opened, so it is not opened here. "
-                    f"Convert it once: steer-server sae convert '{self.path}' OUT, then load OUT"
-                )
-            return self._open_pickle(path)
+                raise self.pickle_error(path)
+            if path not in self._opened:
+                self._opened[path] = self._open_pickle(path)
+            return self._opened[path]
         raise SAEFormatError(f"{path}: not a file of tensors; known endings: .safetensors, .npz, {', '.join(PICKLES)}")
+
+    def pickle_error(self, path: Path) -> SAEFormatError:
+        return SAEFormatError(
+            f"{path} is a pickle, which can run code when it is opened, so it is not opened here. "
+            f"Convert it once: steer-server sae convert '{self.path}' OUT, then load OUT"
+        )
+
+    def pickled_names(self) -> frozenset[str]:
+        """The names of the tensors in the pickle that was named; none where it is no pickle or may not be opened."""
+        if self._open_pickle is None or self.path.suffix not in PICKLES or not self.path.is_file():
+            return frozenset()
+        return self.tensors(self.path).names()
+
+    def length(self, source: TensorSource, name: str) -> int:
+        """How long a vector is, for checkpoints that state no sizes."""
+        shape = source.shape(name) if name in source.names() else ()
+        if len(shape) != 1:
+            check_tensor(source, name, shape)
+            raise SAEFormatError(f"{source.path}: {name} has shape {list(shape)}, expected a vector")
+        return shape[0]
 
     def hook_points(self, named: str | Sequence[str] | None) -> tuple[HookPoint, ...]:
         """Where the SAE reads: option `hook`, else what the checkpoint says (one name, several, or None)."""
@@ -135,18 +174,23 @@ class Checkpoint:
             raise self.error(f"{key}={value!r} is not supported; supported: {', '.join(allowed)}")
         return str(value)
 
-    def verified(self, configs: Sequence[str], tensors: Sequence[tuple[TensorSource, Shapes]]) -> str:
+    def verified(
+        self,
+        configs: Sequence[str],
+        tensors: Sequence[tuple[TensorSource, Shapes]],
+        named: Mapping[str, object] | None = None,
+    ) -> str:
         """Check that tensors have their shapes, are floats and finite; the SHA-256 of everything read.
 
-        configs: names of the configuration files. Large files are read once: as long as they stay as they are, their
-        checksum is remembered.
+        configs: names of the configuration files. named: what was read in the names of files and folders. Large files
+        are read once: as long as they stay as they are, their checksum is remembered.
         """
         for source, shapes in tensors:
             for name, shape in shapes.items():
                 check_tensor(source, name, shape)
         digest = hashlib.sha256(b"".join(self.small_file(self.file(name)) for name in configs))
         paths = [source.path for source, _ in tensors]
-        options = self._options.given()
+        options = {**(named or {}), **self._options.given()}
         remembered = _memory(digest.hexdigest(), options, [(source.path, sorted(shapes)) for source, shapes in tensors])
         if remembered is not None and remembered.is_file():
             return remembered.read_text()

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal[
-    "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_in", "mlp_out", "hook_z", "ln2_normalized", "embed"
-]
+    "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_in", "mlp_post", "mlp_out", "hook_z", "ln2_normalized",
+    "embed",
+]  # fmt: skip
 
 ARMABLE: tuple[Kind, ...] = ("resid_pre", "resid_post", "attn_out", "mlp_in", "mlp_out")
 """Kinds of places that a running engine can read and write. The rest is known so that it can be refused by name."""
@@ -19,6 +20,7 @@ _TRANSFORMER_LENS: dict[Kind, str] = {
     "resid_post": "blocks.{}.hook_resid_post",
     "attn_out": "blocks.{}.hook_attn_out",
     "mlp_in": "blocks.{}.mlp.hook_in",
+    "mlp_post": "blocks.{}.mlp.hook_post",
     "mlp_out": "blocks.{}.hook_mlp_out",
     "hook_z": "blocks.{}.attn.hook_z",
     "ln2_normalized": "blocks.{}.ln2.hook_normalized",
@@ -33,6 +35,7 @@ _SPELLINGS: tuple[tuple[str, Kind], ...] = (
     (r"blocks\.(\d+)\.hook_resid_post", "resid_post"),
     (r"blocks\.(\d+)\.hook_attn_out", "attn_out"),
     (r"blocks\.(\d+)\.mlp\.hook_in", "mlp_in"),
+    (r"blocks\.(\d+)\.mlp\.hook_post", "mlp_post"),
     (r"blocks\.(\d+)\.(?:hook_mlp_out|mlp\.hook_out)", "mlp_out"),
     (r"blocks\.(\d+)\.attn\.hook_z", "hook_z"),
     (r"blocks\.(\d+)\.ln2\.hook_normalized", "ln2_normalized"),
@@ -60,8 +63,8 @@ class HookPoint:
     kind: `resid_post`, the residual stream after the layer; `resid_pre`, before it, which is `resid_post` of the layer
     before and therefore only said of layer 0; `resid_mid`, between attention and MLP; `attn_out` and `mlp_out`, what
     attention and MLP add to the stream, after the norm that some architectures put behind them; `mlp_in`, what the
-    MLP's own weights read; `ln2_normalized`, that before the norm's weights; `hook_z`, what the attention's output
-    projection reads; `embed`, the token embeddings.
+    MLP's own weights read; `mlp_post`, its neurons; `ln2_normalized`, that before the norm's weights; `hook_z`, what
+    the attention's output projection reads; `embed`, the token embeddings.
     """
 
     layer: int

@@ -18,6 +18,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 BLOCK_BYTES = 1 << 24
 
 Index = tuple[slice | int, ...]
+Value = str | int | float | None
 
 
 class TensorSource(Protocol):
@@ -84,11 +85,31 @@ class SafetensorsFile:
 
 
 class LoadedTensors:
-    """Tensors in memory, such as those of a pickle that a process of its own has read."""
+    """Tensors in memory, such as those of a pickle that a process of its own has read.
 
-    def __init__(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    state: nested dictionaries of tensors, numbers and strings, as a module's `state_dict` is; a name within another is
+    `outer.inner`. values: what in it is no tensor. Raises SAEFormatError where it holds anything else.
+    """
+
+    def __init__(self, path: Path, state: object) -> None:
         self.path = path
-        self._tensors = dict(tensors)
+        self._tensors: dict[str, torch.Tensor] = {}
+        self.values: dict[str, Value] = {}
+        if not isinstance(state, Mapping):
+            raise SAEFormatError(f"{path}: holds a {type(state).__name__}, not a dictionary of tensors")
+        self._take(state, "")
+
+    def _take(self, state: Mapping[object, object], prefix: str) -> None:
+        for key, value in state.items():
+            name = f"{prefix}{key}"
+            if isinstance(value, torch.Tensor):
+                self._tensors[name] = value.detach()
+            elif isinstance(value, Mapping):
+                self._take(value, f"{name}.")
+            elif value is None or isinstance(value, str | int | float):
+                self.values[name] = value
+            else:
+                raise SAEFormatError(f"{self.path}: {name} is a {type(value).__name__}, not a tensor")
 
     def names(self) -> frozenset[str]:
         return frozenset(self._tensors)
