@@ -112,13 +112,13 @@ class SAE:
         """(W_enc [d_in, d_sae], b_enc [d_sae]) of the whole SAE, float32, everything folded."""
         W_enc = torch.empty(self.d_in, self.d_sae)
         b_enc = torch.empty(self.d_sae)
-        for features, encoder, bias, _ in self._blocks():
+        for features, encoder, bias, _ in self.blocks():
             W_enc[:, features], b_enc[features] = encoder.T.float(), bias.float()
         return W_enc, b_enc
 
     def decoder(self) -> torch.Tensor:
         """W_dec [d_sae, d_out] of the whole SAE, float32, everything folded."""
-        return torch.cat([decoder.float() for _, _, _, decoder in self._blocks()])
+        return torch.cat([decoder.float() for _, _, _, decoder in self.blocks()])
 
     def thresholds(self) -> torch.Tensor:
         """[d_sae], float32."""
@@ -169,8 +169,8 @@ class SAE:
         skip = self.skip()
         return out if skip is None else out + x @ skip.to(x).T
 
-    def _blocks(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """(features, encoder [n, d_in], bias [n], decoder [n, d_out]), float64, of all features in turn."""
+    def blocks(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """(features, encoder [n, d_in], bias [n], decoder [n, d_out]) of all features in turn, float64, folded."""
         for start in range(0, self.d_sae, FEATURES_AT_ONCE):
             stop = min(start + FEATURES_AT_ONCE, self.d_sae)
             w_enc, w_dec = self.weights.W_enc.block(start, stop), self.weights.W_dec.block(start, stop)

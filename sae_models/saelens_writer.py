@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from sae_models.errors import SAEFormatError
 from sae_models.families.saelens import CONFIG, WEIGHTS
 from sae_models.sae import SAE
+from sae_models.safetensors_writer import writable_tensors
 
 _NORMS = {"none": "none", "constant_norm": "constant_norm_rescale", "layer_norm": "layer_norm"}
 
@@ -35,19 +36,32 @@ def saelens_architecture(sae: SAE) -> str:
     raise SAEFormatError(f"a {kind} transcoder cannot be written in SAELens' format")
 
 
-def save_saelens(sae: SAE, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+def save_saelens(
+    sae: SAE,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
     """Write `sae` to `folder`, everything folded, so that its activations and reconstructions stay what they are.
 
-    Raises SAEFormatError where SAELens' format has no place for it, OSError where the folder cannot be written.
+    progress: told of (features written, d_sae) as it goes. It holds one block of features; the rest is pages of the
+    files themselves. Raises SAEFormatError where SAELens' format has no place for the SAE, OSError where the folder
+    cannot be written.
     """
     architecture = saelens_architecture(sae)
-    W_enc, b_enc = sae.encoder()
-    tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": sae.decoder(), "b_dec": sae.reconstruction_bias()}
+    shapes = {
+        "W_enc": (sae.d_in, sae.d_sae),
+        "b_enc": (sae.d_sae,),
+        "W_dec": (sae.d_sae, sae.d_out),
+        "b_dec": (sae.d_out,),
+    }
+    small = {"b_dec": sae.reconstruction_bias()}
     if "jumprelu" in architecture:
-        tensors["threshold"] = sae.thresholds()
+        # A feature that is never on has an infinite threshold; nothing finite exceeds the largest number either.
+        small["threshold"] = sae.thresholds().clamp(max=torch.finfo(dtype).max)
     skip = sae.skip()
     if skip is not None:
-        tensors["W_skip"] = skip
+        small["W_skip"] = skip
     config: dict[str, Any] = {
         "architecture": architecture,
         "d_in": sae.d_in,
@@ -67,9 +81,19 @@ def save_saelens(sae: SAE, folder: Path, dtype: torch.dtype = torch.float32) -> 
             config["rescale_acts_by_decoder_norm"] = False
         if sae.selection.routed:
             config["experts"] = sae.selection.groups
-            tensors["W_router"], tensors["b_router"] = sae.router()
+            small["W_router"], small["b_router"] = sae.router()
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+    written = writable_tensors(
+        folder / WEIGHTS, shapes | {name: tuple(tensor.shape) for name, tensor in small.items()}, dtype
+    )
+    for name, tensor in small.items():
+        written[name].copy_(tensor)
+    for features, encoder, bias, decoder in sae.blocks():
+        written["W_enc"][:, features] = encoder.T.to(dtype)
+        written["b_enc"][features] = bias.to(dtype)
+        written["W_dec"][features] = decoder.to(dtype)
+        if progress is not None:
+            progress(features.stop, sae.d_sae)
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
 
 
