@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from sae_models.families import saelens
+from sae_models.families import circuit_tracer, clt, dictionary_learning, mistral_sae, saelens, sparsify
 
-FAMILIES: tuple[ModuleType, ...] = (saelens,)
+FAMILIES: tuple[ModuleType, ...] = (saelens, dictionary_learning, sparsify, clt, circuit_tracer, mistral_sae)
 """In the order in which they are tried: the first that recognises a checkpoint reads it."""

@@ -46,7 +46,12 @@ class Environment:
 ALL = (
     Environment(
         "sae-lens",
-        {"sae_lens": "sae_lens", "dictionary_learning": "dictionary_learning", "eai_sparsify": "sparsify"},
+        {
+            "sae_lens": "sae_lens",
+            "dictionary_learning": "dictionary_learning",
+            "eai_sparsify": "sparsify",
+            "switch_sae": "switch_sae",
+        },
     ),
     Environment("circuit-tracer", {"circuit_tracer": "circuit_tracer"}),
     Environment("mistral-sae", {"mistral_sae": "mistral_sae"}),
