@@ -27,7 +27,7 @@ from sae_models.architectures import (
 )
 from sae_models.checkpoint import Checkpoint
 from sae_models.feature_matrix import FeatureMatrix
-from sae_models.folding import IDENTITY, AffineMap, scaled
+from sae_models.folding import IDENTITY, AffineMap, scaled, whitening
 from sae_models.sae import SAE, Weights
 from sae_models.tensor_source import TensorSource
 from sae_models.token_norm import TokenNorm
@@ -37,6 +37,8 @@ LAYOUT = "cfg.json, sae_weights.safetensors"
 VERSIONS = "3 to 6"
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
+"""Beside a checkpoint of training, whose normalisation is not folded yet."""
 
 # What an architecture's encoder does, and whether its decoder writes elsewhere, along a skip matrix or not.
 _KINDS: dict[str, tuple[str, bool, bool]] = {
@@ -60,7 +62,7 @@ _KINDS: dict[str, tuple[str, bool, bool]] = {
 ARCHITECTURES = tuple(_KINDS)
 """The names that `architecture` may have: SAELens' own, and ours for what SAELens has none for."""
 
-_NORMS = ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm")
+_NORMS = ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm", "covariance_whitening")
 _TOKEN_NORMS: dict[str, TokenNorm] = {"constant_norm_rescale": "constant_norm", "layer_norm": "layer_norm"}
 _RENAMED = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
 
@@ -88,14 +90,15 @@ def load(checkpoint: Checkpoint) -> SAE:
         experts = checkpoint.count(config, "experts")
         shapes |= {"W_router": (d_in, experts), "b_router": (experts,)}
     _refuse_scaling_factor(checkpoint, source)
-    input_map, output_map, token_norm = _normalisation(checkpoint, config, d_in)
     b_dec_read = not writes_elsewhere and bool(config.get("apply_b_dec_to_input", True))
     hook_points = checkpoint.hook_points(metadata.get("hook_names") or metadata.get("hook_name"))
     hook_points_out = hook_points
     if writes_elsewhere:
         hook_points_out = checkpoint.hook_points_out(metadata.get("hook_names_out") or metadata.get("hook_name_out"))
     k = _k(checkpoint, config, encoder, d_sae)
-    sha256 = checkpoint.verified([CONFIG], [(source, shapes)])
+    configs = [CONFIG, SCALER] if checkpoint.has(SCALER) else [CONFIG]
+    sha256 = checkpoint.verified(configs, [(source, shapes), *_whitening_tensors(checkpoint, config, d_in)])
+    input_map, output_map, token_norm = _normalisation(checkpoint, config, d_in)
     b_dec = source.read("b_dec").double()
     ours = metadata.get("steer_server") or {}
     return SAE(
@@ -197,26 +200,48 @@ def _normalisation(
     checkpoint: Checkpoint, config: Mapping[str, Any], d_in: int
 ) -> tuple[AffineMap, AffineMap, TokenNorm]:
     """(into training space, out of it, norm per token)."""
-    norm = config.get("normalize_activations", "none")
-    if norm == "covariance_whitening":
-        raise checkpoint.error(
-            "normalize_activations='covariance_whitening', and the whitening matrices are not in the checkpoint; "
-            "save it with SAELens 6.50 or later, which folds them into the weights"
-        )
-    checkpoint.choice(config, "normalize_activations", _NORMS)
+    norm = checkpoint.choice(config, "normalize_activations", _NORMS)
     if config.get("reshape_activations", "none") not in ("none", "hook_z"):
         raise checkpoint.error(f"reshape_activations={config['reshape_activations']!r} is not supported")
+    if norm == "covariance_whitening":
+        ((source, shapes),) = _whitening_tensors(checkpoint, config, d_in)
+        return *whitening(*(source.read(name) for name in shapes)), "none"
     if norm != "expected_average_only_in":
-        return IDENTITY, IDENTITY, _TOKEN_NORMS.get(str(norm), "none")
+        return IDENTITY, IDENTITY, _TOKEN_NORMS.get(norm, "none")
+    factor = _scaling_factor(checkpoint, d_in)
+    return scaled(factor), scaled(1 / factor), "none"
+
+
+def _whitening_tensors(
+    checkpoint: Checkpoint, config: Mapping[str, Any], d_in: int
+) -> list[tuple[TensorSource, dict[str, tuple[int, ...]]]]:
+    """What `whitening` takes, in its order, where the activations are whitened."""
+    if config.get("normalize_activations") != "covariance_whitening":
+        return []
+    if not checkpoint.has(WHITENING):
+        raise checkpoint.error(
+            f"normalize_activations='covariance_whitening', but {WHITENING} is missing; save the SAE with SAELens' "
+            "save_inference_model, which folds the whitening into the weights"
+        )
+    source = checkpoint.tensors(checkpoint.file(WHITENING))
+    return [(source, {"mean": (d_in,), "matrix": (d_in, d_in), "inverse_matrix": (d_in, d_in)})]
+
+
+def _scaling_factor(checkpoint: Checkpoint, d_in: int) -> float:
+    """What activations are multiplied by: sqrt(d_in) over their mean norm."""
     mean_norm = checkpoint.option("norm")
-    if mean_norm is None:
+    if mean_norm is not None:
+        return d_in**0.5 / float(mean_norm)
+    if not checkpoint.has(SCALER):
         raise checkpoint.error(
             "normalize_activations='expected_average_only_in', but the factor is not in the checkpoint; add ?norm=N to "
             "the path, the mean L2 norm of the activations that it was trained on (sqrt(d_in) divided by SAELens' "
             "norm_scaling_factor)"
         )
-    factor = d_in**0.5 / float(mean_norm)
-    return scaled(factor), scaled(1 / factor), "none"
+    factor = checkpoint.config(SCALER).get("scaling_factor")
+    if not isinstance(factor, float) or not 0 < factor < float("inf"):
+        raise checkpoint.error(f"scaling_factor of {SCALER} must be a number over 0, got {factor!r}")
+    return factor
 
 
 def _refuse_scaling_factor(checkpoint: Checkpoint, source: TensorSource) -> None:
