@@ -8,7 +8,22 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from sae_models.families import deepseek_r1, goodfire, openai_gpt2, qwen_scope, saelens, temporal
+from sae_models.families import (
+    circuit_tracer,
+    clt,
+    deepseek_r1,
+    dictionary_learning,
+    goodfire,
+    mistral_sae,
+    openai_gpt2,
+    qwen_scope,
+    saelens,
+    sparsify,
+    temporal,
+)
 
-FAMILIES: tuple[ModuleType, ...] = (saelens, temporal, qwen_scope, goodfire, deepseek_r1, openai_gpt2)
+FAMILIES: tuple[ModuleType, ...] = (
+    saelens, temporal, dictionary_learning, sparsify, clt, circuit_tracer, mistral_sae, qwen_scope, goodfire,
+    deepseek_r1, openai_gpt2,
+)  # fmt: skip
 """In the order in which they are tried: the first that recognises a checkpoint reads it."""

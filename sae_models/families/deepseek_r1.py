@@ -42,7 +42,8 @@ def load(checkpoint: Checkpoint) -> SAE:
         "decoder.weight": (d_in, d_sae),
         "decoder.bias": (d_in,),
     }
-    sha256 = checkpoint.verified([], [(source, shapes)], {"layer": int(match["layer"])})
+    checkpoint.refuse_unknown_tensors(source, shapes)
+    sha256 = checkpoint.verified([], [(source, shapes)], [f"layer {match['layer']}"])
     hook_points = checkpoint.hook_points(f"model.layers.{match['layer']}.input")
     return SAE(
         name=path.stem,

@@ -50,10 +50,11 @@ def load(checkpoint: Checkpoint) -> SAE:
     shapes: dict[str, tuple[int, ...]] = {W_enc: (d_sae, d_in), encoder_bias: (d_sae,), decoder_bias: (d_in,)}
     shapes |= {W_dec: (d_in, d_sae)}
     architecture, activation = _tied(checkpoint, source, d_in, d_sae) if tied else _linear(source)
+    checkpoint.refuse_unknown_tensors(source, shapes)
     sha256 = checkpoint.verified(
         [CONFIG] if tied and checkpoint.has(CONFIG) else [],
         [(source, shapes)],
-        {"layer": int(match["layer"])} if match else None,
+        [f"layer {match['layer']}"] if match else [],
     )
     hook_points = checkpoint.hook_points(f"model.layers.{match['layer']}.output" if match else None)
     return SAE(

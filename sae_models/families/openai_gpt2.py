@@ -32,6 +32,7 @@ _PLACES = {
 _PATH = re.compile(
     rf".*/(?P<release>(?P<place>{'|'.join(_PLACES)})(?:_v\d+(?:_\w+)?)?)/autoencoders(?:/(?P<layer>\d+)\.pt)?"
 )
+_STATISTICS = frozenset({"stats_last_nonzero", "latents_activation_frequency", "latents_mean_square"})
 _NAMES = frozenset({"pre_bias", "latent_bias", "encoder.weight", "decoder.weight"})
 
 
@@ -55,7 +56,8 @@ def load(checkpoint: Checkpoint) -> SAE:
         "pre_bias": (d_in,),
     }
     hook_points = checkpoint.hook_points(place)
-    sha256 = checkpoint.verified([], [(source, shapes)], {"place": place})
+    checkpoint.refuse_unknown_tensors(source, _NAMES | _STATISTICS)
+    sha256 = checkpoint.verified([], [(source, shapes)], [place] if place else [])
     pre_bias = source.read("pre_bias").double()
     return SAE(
         name=f"{match['release']}/{layer[1]}" if match and layer else path.stem,

@@ -43,7 +43,8 @@ def load(checkpoint: Checkpoint) -> SAE:
     if k > d_sae:
         raise checkpoint.error(f"k={k} is larger than d_sae={d_sae}")
     shapes = {"W_enc": (d_sae, d_in), "W_dec": (d_in, d_sae), "b_enc": (d_sae,), "b_dec": (d_in,)}
-    sha256 = checkpoint.verified([], [(source, shapes)], {"layer": layer, "k": k})
+    checkpoint.refuse_unknown_tensors(source, shapes)
+    sha256 = checkpoint.verified([], [(source, shapes)], [f"layer {layer}", f"k {k}"])
     hook_points = checkpoint.hook_points(f"model.layers.{layer}.output")
     return SAE(
         name=f"{release[0]}/layer{layer}" if release else f"layer{layer}",
