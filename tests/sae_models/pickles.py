@@ -37,7 +37,8 @@ def refusal(location):
 
 
 def damages(state):
-    """(what is wrong, a function that does it, what the error says) for every tensor that a loader needs."""
+    """(what is wrong, a function that does it, what the error says), for every tensor that a loader needs."""
+    yield "a tensor too many", lambda s: s.update(r_mag=torch.zeros(3)), "a kind of SAE that is not supported: r_mag"
     for name, tensor in state.items():
         shape = tuple(tensor.shape)
         yield f"{name} missing", lambda s, n=name: s.pop(n), f"tensor {name} is missing"
