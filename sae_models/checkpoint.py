@@ -39,6 +39,14 @@ class Checkpoint:
         self._open_pickle = open_pickle
         self._asked: set[str] = set()
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names on the way to it, which some families keep hook points and models in.
+
+        Symbolic links are not followed: those of a Hugging Face cache lead to files without a name.
+        """
+        return self.path.absolute().parts
+
     def option(self, name: str) -> Any:
         """The option `name`, or None; asking is what gives an option a use."""
         self._asked.add(name)

@@ -190,5 +190,7 @@ class SAE:
         decoder = weights.output_map.linear(w_dec)
         if activation.rescale_by_decoder_norm:
             norm = decoder.norm(dim=-1)
-            encoder, bias, decoder = encoder * norm.unsqueeze(-1), bias * norm, decoder / norm.unsqueeze(-1)
+            # A row of zeros stays one; its activation is 0.
+            unit = decoder / norm.unsqueeze(-1).clamp(min=torch.finfo(norm.dtype).tiny)
+            encoder, bias, decoder = encoder * norm.unsqueeze(-1), bias * norm, unit
         return centred(encoder, self.token_norm), bias, decoder

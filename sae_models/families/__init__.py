@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from sae_models.families import saelens, temporal
+from sae_models.families import gemma_scope, gemma_scope_2, llama_scope, llamascopium, saelens, temporal
 
-FAMILIES: tuple[ModuleType, ...] = (saelens, temporal)
+FAMILIES: tuple[ModuleType, ...] = (
+    saelens,
+    temporal,
+    gemma_scope,
+    gemma_scope_2,
+    llama_scope,
+    llamascopium,
+)
 """In the order in which they are tried: the first that recognises a checkpoint reads it."""
