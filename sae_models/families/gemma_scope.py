@@ -24,7 +24,7 @@ from sae_models.tensor_source import vector_length
 NAME = "Gemma Scope"
 LAYOUT = "params.npz"
 VERSIONS = "Gemma 2: 2b, 9b, 27b; pt, it; res, mlp, att, transcoders"
-ARCHITECTURES = ("jumprelu", "transcoder")
+ARCHITECTURES = ("jumprelu", "jumprelu_transcoder")
 
 PARAMS = "params.npz"
 
@@ -55,12 +55,14 @@ def load(checkpoint: Checkpoint) -> SAE:
         or any(point.kind in ("ln2_normalized", "mlp_in") for point in hook_points)
     )
     hook_points_out = checkpoint.hook_points_out(hook_out) if is_transcoder else hook_points
-    sha256 = checkpoint.verified([], [(source, shapes)])
+    checkpoint.refuse_unknown_tensors(source, shapes)
+    places = [str(point) for point in (*hook_points, *hook_points_out)]
+    sha256 = checkpoint.verified([], [(source, shapes)], places)
     scale = d**0.5 if all(point.kind == "embed" for point in hook_points) else 1.0
     return SAE(
         name=checkpoint.folder.name,
         family=NAME,
-        architecture="transcoder" if is_transcoder else "jumprelu",
+        architecture="jumprelu_transcoder" if is_transcoder else "jumprelu",
         d_in=d,
         d_out=d,
         d_sae=d_sae,

@@ -28,7 +28,13 @@ from sae_models.tensor_source import TensorSource, vector_length
 NAME = "Gemma Scope 2"
 LAYOUT = "params.safetensors with config.json or named folders, or clt/*/params_layer_<n>.safetensors"
 VERSIONS = "Gemma 3: 270m, 1b, 4b, 12b, 27b; pt, it; resid_post, attn_out, mlp_out, transcoder, clt"
-ARCHITECTURES = ("jumprelu", "transcoder", "skip_transcoder")
+ARCHITECTURES = (
+    "jumprelu",
+    "jumprelu_transcoder",
+    "jumprelu_skip_transcoder",
+    "jumprelu_clt_own_layer",
+    "jumprelu_skip_clt_own_layer",
+)
 
 CONFIG, PARAMS, SKIP = "config.json", "params.safetensors", "affine_skip_connection"
 
@@ -67,8 +73,9 @@ def load(checkpoint: Checkpoint) -> SAE:
     has_skip = SKIP in source.names() or _says_affine(checkpoint, config)
     if has_skip:
         shapes[SKIP] = (d, d)
-    site = _site(checkpoint)
-    hook, hook_out = _places({} if one_of_several else config, site, _layer(checkpoint) if layer is None else layer)
+    said = not one_of_several and isinstance(config.get("hf_hook_point_in"), str)
+    site = None if said else _site(checkpoint)
+    hook, hook_out = _said(config) if said else _named(site, _layer(checkpoint) if layer is None else layer)
     hook_points = checkpoint.hook_points(hook)
     is_transcoder = (
         has_skip
@@ -78,11 +85,14 @@ def load(checkpoint: Checkpoint) -> SAE:
         or any(point.kind == "mlp_in" for point in hook_points)
     )
     hook_points_out = checkpoint.hook_points_out(hook_out) if is_transcoder else hook_points
-    sha256 = checkpoint.verified([CONFIG] if config else [], [(source, shapes)])
+    checkpoint.refuse_unknown_tensors(source, shapes)
+    places = [str(point) for point in (*hook_points, *hook_points_out)]
+    sha256 = checkpoint.verified([CONFIG] if config else [], [(source, shapes)], places)
+    kind = "_clt_own_layer" if one_of_several else "_transcoder" if is_transcoder else ""
     return SAE(
         name=checkpoint.path.stem if one_of_several else checkpoint.folder.name,
         family=NAME,
-        architecture="skip_transcoder" if has_skip else "transcoder" if is_transcoder else "jumprelu",
+        architecture=f"jumprelu{'_skip' if has_skip else ''}{kind}",
         d_in=d,
         d_out=d,
         d_sae=d_sae,
@@ -104,7 +114,7 @@ def load(checkpoint: Checkpoint) -> SAE:
 
 
 def _refuse_crosscoder(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
-    if config.get("type") == "crosscoder" or "crosscoder" in checkpoint.parts:
+    if config.get("type") == "crosscoder" or "crosscoder" in checkpoint.parts[-3:]:
         raise checkpoint.error(f"crosscoders are not supported: {REFUSED['crosscoder']}")
 
 
@@ -132,11 +142,14 @@ def _layer(checkpoint: Checkpoint) -> int | None:
     return None if named is None else int(named)
 
 
-def _places(config: Mapping[str, Any], site: str | None, layer: int | None) -> tuple[str | None, str | None]:
-    """(where it reads, where it writes) by the configuration, or by the names on the path."""
-    hook, hook_out = config.get("hf_hook_point_in"), config.get("hf_hook_point_out")
-    if isinstance(hook, str):
-        return hook, hook_out if isinstance(hook_out, str) else hook
+def _said(config: Mapping[str, Any]) -> tuple[str, str]:
+    """(where it reads, where it writes) by the configuration."""
+    hook, hook_out = config["hf_hook_point_in"], config.get("hf_hook_point_out")
+    return hook, hook_out if isinstance(hook_out, str) else hook
+
+
+def _named(site: str | None, layer: int | None) -> tuple[str | None, str | None]:
+    """(where it reads, where it writes) by the names on the path."""
     if layer is None or site is None:
         return None, None
     reads, writes = _PLACES[site]

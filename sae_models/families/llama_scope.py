@@ -37,7 +37,7 @@ from sae_models.sae import SAE, Weights
 NAME = "Llama Scope"
 LAYOUT = f"hyperparams.json, {openmoss.DOCUMENTED}"
 VERSIONS = "Llama 3.1 8B: LXR, LXM, LXA, LXTC; lm-saes of 2024"
-ARCHITECTURES = ("relu", "topk", "jumprelu", "transcoder")
+ARCHITECTURES = ("relu", "topk", "jumprelu", "transcoder", "topk_transcoder", "jumprelu_transcoder")
 
 CONFIG = "hyperparams.json"
 
@@ -70,13 +70,14 @@ def load(checkpoint: Checkpoint) -> SAE:
     bias_read = openmoss.flag(checkpoint, config, "apply_decoder_bias_to_pre_encoder") and has_bias
     by_norm = openmoss.flag(checkpoint, config, "sparsity_include_decoder_norm")
     act_fn, threshold, k = _act_fn(checkpoint, config, d_sae)
+    checkpoint.refuse_unknown_tensors(source, shapes)
     sha256 = checkpoint.verified([config_file], [(source, shapes)])
     bias = source.read(b_dec).double() if has_bias else torch.zeros(d, dtype=torch.float64)
     activation = _activation(act_fn, source.read(b_enc).double() / s_in, threshold, k)
     return SAE(
         name=folder.name,
         family=NAME,
-        architecture="transcoder" if is_transcoder else act_fn,
+        architecture=openmoss.architecture(act_fn, is_transcoder),
         d_in=d,
         d_out=d,
         d_sae=d_sae,

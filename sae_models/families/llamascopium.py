@@ -42,7 +42,16 @@ from sae_models.tensor_source import TensorSource, check_tensor
 NAME = "Llamascopium"
 LAYOUT = f"config.json with sae_type, {openmoss.DOCUMENTED}"
 VERSIONS = "OpenMOSS 2025 and 2026; Llama Scope R1-Distill"
-ARCHITECTURES = ("relu", "topk", "batchtopk", "jumprelu", "transcoder")
+ARCHITECTURES = (
+    "relu",
+    "topk",
+    "batchtopk",
+    "jumprelu",
+    "transcoder",
+    "topk_transcoder",
+    "batchtopk_transcoder",
+    "jumprelu_transcoder",
+)
 
 CONFIG = "config.json"
 MEAN_NORM = "dataset_average_activation_norm."
@@ -138,6 +147,8 @@ def load(checkpoint: Checkpoint) -> SAE:
         s_out = s_in
         if is_transcoder:
             s_out = math.sqrt(d) / _mean_norm(checkpoint, source, f"{prefix}{MEAN_NORM}{hook_out}", "norm_out")
+    norms = {name for name in source.names() if name.startswith(prefix + MEAN_NORM)}
+    checkpoint.refuse_unknown_tensors(source, shapes.keys() | norms)
     sha256 = checkpoint.verified([config_file], [(source, shapes)])
     bias = source.read(names.b_dec).double() if has_bias else torch.zeros(d, dtype=torch.float64)
     input_map = scaled(s_in)
@@ -145,7 +156,7 @@ def load(checkpoint: Checkpoint) -> SAE:
     return SAE(
         name=folder.name,
         family=NAME,
-        architecture="transcoder" if is_transcoder else act_fn,
+        architecture=openmoss.architecture(act_fn, is_transcoder),
         d_in=d,
         d_out=d,
         d_sae=d_sae,

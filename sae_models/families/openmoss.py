@@ -43,6 +43,12 @@ def opened(checkpoint: Checkpoint) -> tuple[TensorSource, str]:
     return source, "sae." if any(name.startswith("sae.") for name in source.names()) else ""
 
 
+def architecture(act_fn: str, is_transcoder: bool) -> str:
+    if not is_transcoder:
+        return act_fn
+    return "transcoder" if act_fn == "relu" else f"{act_fn}_transcoder"
+
+
 def flag(checkpoint: Checkpoint, config: Mapping[str, Any], key: str, default: bool | None = None) -> bool:
     """A boolean of the configuration; the library writes all of them. default: of those that a version had not yet."""
     value = config.get(key, default)

@@ -23,7 +23,7 @@ from tests.conformance.saelens_answer import saelens_answer
 from tests.conformance.weights import D_IN, D_SAE, EXACT_THRESHOLD, random_weights
 
 FAMILY = "gemma_scope"
-LAYOUT = "layout of arXiv 2408.05147"
+LAYOUT = "arXiv 2408.05147"
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def write(out: Path, case: Case, seed: int) -> None:
         description={
             "family": FAMILY,
             "library": LAYOUT,
-            "version": "2024-08",
+            "version": "layout",
             "class": "JumpReLU transcoder" if is_transcoder else "JumpReLU SAE",
             "case": case.name,
             "checkpoint": f"{case.repository}/{case.folder}",

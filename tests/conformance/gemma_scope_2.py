@@ -21,7 +21,7 @@ from tests.conformance.saelens_answer import saelens_answer
 from tests.conformance.weights import D_SAE, EXACT_THRESHOLD, random_weights
 
 FAMILY = "gemma_scope_2"
-LAYOUT = "layout of google/gemma-scope-2"
+LAYOUT = "google/gemma-scope-2"
 LAYER, LAYERS = 3, 6
 
 
@@ -144,7 +144,7 @@ def write(out: Path, case: Case, seed: int) -> None:
         description={
             "family": FAMILY,
             "library": LAYOUT,
-            "version": "2025-12",
+            "version": "layout",
             "class": "JumpReLU transcoder" if case.is_transcoder else "JumpReLU SAE",
             "case": case.name,
             "checkpoint": f"{case.repository}/{case.folder}" + (f"/{file}" if case.is_cross_layer else ""),

@@ -161,7 +161,7 @@ def write(out: Path, case: Case, seed: int) -> None:
         repository / "expected.safetensors",
         description={
             "family": FAMILY,
-            "library": "lm-saes, layout and equations",
+            "library": "lm-saes equations",
             "version": "5e5527b7",
             "class": "SparseAutoEncoder",
             "case": case.name,

@@ -201,7 +201,7 @@ def write(out: Path, case: Case, seed: int) -> None:
         out / case.name / "expected.safetensors",
         description={
             "family": FAMILY,
-            "library": "Llamascopium, layout and equations",
+            "library": "OpenMOSS equations",
             "version": "b5c5bb22" if case.is_r1_distill else "95281ac7",
             "class": "SparseAutoEncoder",
             "case": case.name,
