@@ -22,7 +22,7 @@ from typing import Any
 from sae_models.architectures import REFUSED, jumprelu
 from sae_models.checkpoint import Checkpoint
 from sae_models.feature_matrix import FeatureMatrix
-from sae_models.sae import SAE, Weights
+from sae_models.sae import SAE, SkipMatrix, Weights
 from sae_models.tensor_source import TensorSource, vector_length
 
 NAME = "Gemma Scope 2"
@@ -108,7 +108,7 @@ def load(checkpoint: Checkpoint) -> SAE:
             W_dec=FeatureMatrix(source, "w_dec", 0, sha256, middle=layer),
             b_dec=source.read("b_dec").double(),
             activation=jumprelu.canonical(source.read("b_enc"), source.read("threshold")),
-            W_skip=source.read(SKIP).double().T if has_skip else None,
+            W_skip=SkipMatrix(source, SKIP, transposed=True) if has_skip else None,
         ),
     )
 
