@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -43,6 +42,15 @@ class Checkpoint:
         self._open_pickle = open_pickle
         self._asked: set[str] = set()
         self._opened: dict[Path, TensorSource] = {}
+        self._written: list[Path] = []
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names on the way to it, which some families keep hook points and models in.
+
+        Symbolic links are not followed: those of a Hugging Face cache lead to files without a name.
+        """
+        return self.path.absolute().parts
 
     def option(self, name: str) -> Any:
         """The option `name`, or None; asking is what gives an option a use."""
@@ -55,6 +63,11 @@ class Checkpoint:
             if name not in self._asked:
                 raise SAEFormatError(f"{self.path}: option {name}={value} has no use for this checkpoint")
 
+    def discard(self) -> None:
+        """Take out of the cache what was written there for this checkpoint, which turned out to be none."""
+        for path in self._written:
+            path.unlink(missing_ok=True)
+
     def error(self, message: str) -> SAEFormatError:
         return SAEFormatError(f"{self.path}: {message}")
 
@@ -64,11 +77,6 @@ class Checkpoint:
 
     def has(self, *names: str) -> bool:
         return all(self.file(name).is_file() for name in names)
-
-    @property
-    def location(self) -> str:
-        """The absolute path as it was named, for families whose folders say what their files leave out."""
-        return Path(os.path.abspath(self.path)).as_posix()  # noqa: PTH100 (resolve() leaves Hugging Face's cache)
 
     def files(self, pattern: str) -> list[Path]:
         """The file that was named, or those in the folder that was, whose names match `pattern` as a whole."""
@@ -111,7 +119,10 @@ class Checkpoint:
         if path.suffix == ".safetensors":
             return SafetensorsFile(path)
         if path.suffix == ".npz":
-            return extracted(path)
+            source, is_new = extracted(path)
+            if is_new:
+                self._written.append(source.path)
+            return source
         if path.suffix in PICKLES:
             if self._open_pickle is None:
                 raise self.pickle_error(path)

@@ -13,7 +13,11 @@ from sae_models.families import (
     clt,
     deepseek_r1,
     dictionary_learning,
+    gemma_scope,
+    gemma_scope_2,
     goodfire,
+    llama_scope,
+    llamascopium,
     mistral_sae,
     openai_gpt2,
     qwen_scope,
@@ -23,7 +27,7 @@ from sae_models.families import (
 )
 
 FAMILIES: tuple[ModuleType, ...] = (
-    saelens, temporal, dictionary_learning, sparsify, clt, circuit_tracer, mistral_sae, qwen_scope, goodfire,
-    deepseek_r1, openai_gpt2,
+    saelens, temporal, dictionary_learning, sparsify, clt, circuit_tracer, gemma_scope, gemma_scope_2, llama_scope,
+    llamascopium, mistral_sae, qwen_scope, goodfire, deepseek_r1, openai_gpt2,
 )  # fmt: skip
 """In the order in which they are tried: the first that recognises a checkpoint reads it."""

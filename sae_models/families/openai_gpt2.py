@@ -37,13 +37,13 @@ _NAMES = frozenset({"pre_bias", "latent_bias", "encoder.weight", "decoder.weight
 
 
 def detect(checkpoint: Checkpoint) -> bool:
-    named = checkpoint.files(_FILE) and _PATH.fullmatch(checkpoint.location)
+    named = checkpoint.files(_FILE) and _PATH.fullmatch("/".join(checkpoint.parts))
     return bool(named) or checkpoint.pickled_names() >= _NAMES
 
 
 def load(checkpoint: Checkpoint) -> SAE:
     path = checkpoint.only_file(_FILE) if checkpoint.path.is_dir() else checkpoint.path
-    match = _PATH.fullmatch(checkpoint.location)
+    match = _PATH.fullmatch("/".join(checkpoint.parts))
     layer = re.fullmatch(_FILE, path.name)
     place = _PLACES[match["place"]].format(layer[1]) if match and layer else None
     source = checkpoint.tensors(path)

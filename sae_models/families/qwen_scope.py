@@ -32,7 +32,7 @@ def load(checkpoint: Checkpoint) -> SAE:
     layer = int(re.fullmatch(_FILE, path.name)[1])  # type: ignore[index]
     source = checkpoint.tensors(path)
     d_sae, d_in = checkpoint.length(source, "b_enc"), checkpoint.length(source, "b_dec")
-    releases = list(_RELEASE.finditer(checkpoint.location))
+    releases = list(_RELEASE.finditer("/".join(checkpoint.parts)))
     release = releases[-1] if releases else None
     k = checkpoint.option("k") or (release and int(release["k"]))
     if k is None:

@@ -11,7 +11,7 @@ from sae_models import SAE, HookPoint, SAEFormatError, load
 from sae_models.architectures import ENCODERS
 from sae_models.feature_matrix import FeatureMatrix
 from sae_models.folding import scaled, whitening
-from sae_models.sae import Weights
+from sae_models.sae import SkipMatrix, Weights
 from sae_models.saelens_writer import save_saelens
 from sae_models.tensor_source import LoadedTensors
 from tests.sae_models.conformance import assert_close
@@ -117,7 +117,8 @@ def test_rescaled_by_decoder_norm(tmp_path, rescale):
 @pytest.mark.parametrize("skips", [False, True])
 @pytest.mark.parametrize("architecture", ["relu", "jumprelu", "gated", "batchtopk", "topk"])
 def test_transcoders(tmp_path, architecture, skips):
-    skip = {"W_skip": random(D_OUT, D_IN, seed=17).double()} if skips else {}
+    matrix = SkipMatrix(LoadedTensors(tmp_path, {"s": random(D_OUT, D_IN, seed=17)}), "s")
+    skip = {"W_skip": matrix} if skips else {}
     sae = build(tmp_path, architecture, writes_elsewhere=True, **skip)
     save_saelens(sae, tmp_path / "out")
     again = load(tmp_path / "out")
