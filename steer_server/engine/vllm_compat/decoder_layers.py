@@ -1,18 +1,28 @@
-"""Seam: finding a model's decoder layers and making each call the op on its output."""
+"""Seam: finding a model's decoder layers, and hook points among their modules."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
+from sae_models import HookPoint
 from steer_kernels.apply_edits import apply_edits
+
+ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+MLP = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "moe")
+PRE_MLP_NORMS = ("pre_feedforward_layernorm", "pre_mlp_layernorm")
+"""Beside one of these, `post_attention_layernorm` is what its name says; else it usually is the norm before the MLP."""
+POST_MLP_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")
 
 
 class ArmError(RuntimeError):
-    """An architecture whose residual stream cannot be reached. The server must not start."""
+    """An architecture in which a hook point cannot be reached. The server must not start."""
 
 
 def find_decoder_layers(model: nn.Module, n_layers: int) -> nn.ModuleList:
@@ -34,13 +44,146 @@ def find_decoder_layers(model: nn.Module, n_layers: int) -> nn.ModuleList:
     return layers
 
 
-def arm(layers: nn.ModuleList, armed: Sequence[int], d_model: int) -> None:
-    """Call the op on the output of each layer in `armed`, before vLLM compiles the model.
+Observe = Callable[[torch.Tensor, torch.Tensor | None], None]
+"""(hidden, residual): the stream at a place, as its sum, or hidden alone."""
 
-    Site numbers are places in `armed`. A forward hook is part of what torch.compile traces.
-    """
-    for site, index in enumerate(armed):
-        layers[index].register_forward_hook(_edit_output(site, index, d_model))
+
+@dataclass(frozen=True)
+class Place:
+    """Where a hook point is: the output of a module or, with `parameter`, the argument of that name and position."""
+
+    point: HookPoint
+    module: nn.Module
+    d_model: int
+    parameter: tuple[str, int] | None = None
+
+    def arm(self, site: int) -> None:
+        """Call the op here, before vLLM compiles the model. A forward hook is part of what torch.compile traces."""
+
+        def edit_output(module: nn.Module, inputs: Any, output: Any) -> None:
+            hidden, residual = self._output(output)
+            apply_edits(hidden, residual, site)
+
+        def edit_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            # On a copy: where an architecture has no norm before it, the input is also what is added to the output.
+            edited = self._input(args, kwargs).clone()
+            apply_edits(edited, None, site)
+            return self._replaced(args, kwargs, edited)
+
+        if self.parameter is None:
+            self.module.register_forward_hook(edit_output)
+        else:
+            self.module.register_forward_pre_hook(edit_input, with_kwargs=True)
+
+    def watch(self, before: Observe, after: Observe) -> list[RemovableHandle]:
+        """Observe the stream on both sides of the op, in eager mode. Hooks run in order."""
+
+        def on_output(observe: Observe) -> Any:
+            return lambda module, inputs, output: observe(*self._output(output))
+
+        def on_input(observe: Observe) -> Any:
+            return lambda module, args, kwargs: observe(self._input(args, kwargs), None)
+
+        if self.parameter is None:
+            return [
+                self.module.register_forward_hook(on_output(before), prepend=True),
+                self.module.register_forward_hook(on_output(after)),
+            ]
+        return [
+            self.module.register_forward_pre_hook(on_input(before), prepend=True, with_kwargs=True),
+            self.module.register_forward_pre_hook(on_input(after), with_kwargs=True),
+        ]
+
+    def _output(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.point.kind == "resid_post":
+            return stream_parts(output, self.point.layer, self.d_model)
+        return self._checked(output, "returns"), None
+
+    def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        assert self.parameter is not None
+        name, position = self.parameter
+        return self._checked(args[position] if position < len(args) else kwargs.get(name), "is given")
+
+    def _replaced(self, args: tuple[Any, ...], kwargs: dict[str, Any], edited: torch.Tensor) -> Any:
+        assert self.parameter is not None
+        name, position = self.parameter
+        if position < len(args):
+            return (*args[:position], edited, *args[position + 1 :]), kwargs
+        return args, kwargs | {name: edited}
+
+    def _checked(self, stream: Any, verb: str) -> torch.Tensor:
+        if isinstance(stream, torch.Tensor) and stream.dim() == 2 and stream.shape[-1] == self.d_model:
+            return stream
+        shape = tuple(stream.shape) if isinstance(stream, torch.Tensor) else type(stream).__name__
+        raise ArmError(f"{self.point}: {type(self.module).__name__} {verb} {shape}, not [tokens, {self.d_model}]")
+
+
+def find_places(layers: nn.ModuleList, points: Sequence[HookPoint], d_model: int) -> list[Place]:
+    """Where each of `points` is. Raises ArmError naming what was looked for and not found."""
+    return [_place(layers[point.layer], point, d_model) for point in points]
+
+
+def _place(layer: nn.Module, point: HookPoint, d_model: int) -> Place:
+    if point.kind == "resid_post":
+        return Place(point, layer, d_model)
+    if point.kind == "resid_pre" and point.layer == 0:
+        return Place(point, layer, d_model, _parameter(layer, point, "hidden_states"))
+    if point.kind == "attn_out":
+        attention, norm = _reduced(_child(layer, point, ATTENTION), point), _norm_after_attention(layer)
+        return Place(point, attention if norm is None else norm, d_model)
+    if point.kind == "mlp_out":
+        mlp, norm = _reduced(_child(layer, point, MLP), point), _first(layer, POST_MLP_NORMS)
+        return Place(point, mlp if norm is None else norm, d_model)
+    if point.kind == "mlp_in":
+        mlp = _child(layer, point, MLP)
+        return Place(point, mlp, d_model, _parameter(mlp, point))
+    raise ArmError(f"{point} cannot be armed")
+
+
+def _first(layer: nn.Module, names: Sequence[str]) -> nn.Module | None:
+    return next((child for name in names if isinstance(child := getattr(layer, name, None), nn.Module)), None)
+
+
+def _child(layer: nn.Module, point: HookPoint, names: Sequence[str]) -> nn.Module:
+    child = _first(layer, names)
+    if child is None:
+        present = ", ".join(name for name, _ in layer.named_children()) or "none"
+        raise ArmError(
+            f"{point}: {type(layer).__name__} has no module named {', '.join(names)}; its modules: {present}"
+        )
+    return child
+
+
+def _norm_after_attention(layer: nn.Module) -> nn.Module | None:
+    """The norm between the attention and the residual stream, in architectures that have one."""
+    named = _first(layer, ("post_self_attn_layernorm",))
+    if named is None and _first(layer, (*PRE_MLP_NORMS, "post_feedforward_layernorm")) is not None:
+        return _first(layer, ("post_attention_layernorm",))
+    return named
+
+
+def _parameter(module: nn.Module, point: HookPoint, name: str | None = None) -> tuple[str, int]:
+    """(name, position) of a parameter of the module's forward; the first one where no name is given."""
+    parameters = list(inspect.signature(module.forward).parameters)
+    wanted = parameters[0] if name is None and parameters else name
+    if wanted not in parameters:
+        raise ArmError(
+            f"{point}: the forward of {type(module).__name__} takes no {wanted or 'argument'}; "
+            f"it takes: {', '.join(parameters) or 'none'}"
+        )
+    return wanted, parameters.index(wanted)
+
+
+def _reduced(module: nn.Module, point: HookPoint) -> nn.Module:
+    """The module itself, whose output must be the whole sum under tensor parallelism, not this rank's part of it."""
+    for name, child in module.named_children():
+        linear = getattr(child, "base_layer", child)
+        if getattr(linear, "tp_size", 1) > 1 and getattr(linear, "reduce_results", True) is False:
+            raise ArmError(
+                f"{point}: {type(module).__name__}.{name} leaves the sum over tensor-parallel ranks to the layer, so "
+                "its output cannot be steered; serve with --tensor-parallel-size 1"
+            )
+    return module
 
 
 def stream_parts(output: Any, index: int, d_model: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -56,11 +199,3 @@ def stream_parts(output: Any, index: int, d_model: int) -> tuple[torch.Tensor, t
             shape = tuple(part.shape) if isinstance(part, torch.Tensor) else type(part).__name__
             raise ArmError(f"decoder layer {index} returns {shape}, not [tokens, {d_model}]")
     return hidden, residual
-
-
-def _edit_output(site: int, index: int, d_model: int) -> Any:
-    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        hidden, residual = stream_parts(output, index, d_model)
-        apply_edits(hidden, residual, site)
-
-    return hook
