@@ -1,4 +1,4 @@
-"""`steer-server`: serve, doctor, sae."""
+"""`steer-server`: serve, batch, doctor, sae."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -27,6 +27,8 @@ app.add_typer(sae_app)
 console = Console(stderr=True)
 
 PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+LogFormat = Literal["bar", "json"]
 
 Model = Annotated[
     list[str] | None,
@@ -102,6 +104,82 @@ def serve(
     os.environ.update(vllm_environment(embedded=model is None))
     console.print(f"vllm serve {' '.join(command)}", highlight=False, markup=False, soft_wrap=True)
     os.execv(sys.executable, [sys.executable, "-m", "steer_server.engine.vllm_compat.vllm_cli", "serve", *command])
+
+
+@app.command(context_settings=PASS_THROUGH)
+def batch(
+    source: Annotated[
+        str,
+        typer.Option("-i", "--input", metavar="FILE", help="OpenAI batch lines: .jsonl, .jsonl.gz, .parquet, or -."),
+    ],
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="FILE", help="For the results: .jsonl, .jsonl.gz, .parquet, or -.")
+    ],
+    arguments: Model = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a job that was stopped.")] = False,
+    retry_errors: Annotated[
+        bool, typer.Option("--retry-errors", help="Resume, and run the rows that failed again.")
+    ] = False,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH=VALUE,...",
+            help="Answer each row with every one of these values in its steering, such as strength=0,0.5,1 or "
+            "features.0.index=12,77. Repeatable: all combinations.",
+        ),
+    ] = None,
+    server: Annotated[
+        str | None, typer.Option(metavar="URL", help="Let a running Steer Server answer instead of an engine here.")
+    ] = None,
+    in_flight: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rows being answered at a time. Default: twice --max-num-seqs, 64 with --server."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but why a job stopped.")] = False,
+    log_format: Annotated[
+        LogFormat, typer.Option(metavar="bar|json", help="What is said: a progress bar and a table, or JSON lines.")
+    ] = "bar",
+    sae: Sae = None,
+    pretrained_saes: PretrainedSaes = True,
+    steering_layers: Layers = None,
+    steering_rows: Rows = None,
+    steering_max_edits: MaxEdits = None,
+) -> None:
+    """Answer a file of requests, each exactly as the server would, steering and receipts included.
+
+    Exit status: 0 when every row was answered, 2 when some failed, 1 when the job could not run or was stopped.
+    """
+    from steer_server.batch import commands
+    from steer_server.batch.local_job import Settings
+    from steer_server.batch.sweep import SweepError, parse_sweep
+
+    try:
+        parsed_sweep = parse_sweep(sweep or [])
+    except SweepError as error:
+        raise typer.BadParameter(str(error), param_hint="--sweep") from None
+    model, flags = _split_model(arguments or [])
+    options = steering_options(sae, pretrained_saes, steering_layers, steering_rows, steering_max_edits)
+    command: list[str] = []
+    if server is None:
+        os.environ.update(offline_environment(embedded=model is None))
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        command = vllm_arguments(model, flags, options)
+    elif model is not None or flags or options:
+        given = " ".join(arguments or options)
+        raise typer.BadParameter(f"the server has a model and flags of its own; got {given}", param_hint="--server")
+    # What the catalog resolves them to is compared instead of paths; the size of the row bank changes no answer.
+    deciding = {name: value for name, value in options.items() if name not in ("saes", "rows")}
+    settings = Settings(
+        source=commands.as_path(source),
+        output=commands.as_path(output),
+        sweep=parsed_sweep,
+        resume=resume or retry_errors,
+        retry_errors=retry_errors,
+        in_flight=in_flight,
+        options={"vllm": commands.deciding_flags(flags), "steering": deciding},
+        result_stream=commands.protected_stdout(),
+    )
+    raise typer.Exit(commands.run(settings, command, server, log_format, quiet))
 
 
 @app.command(context_settings=PASS_THROUGH)

@@ -22,7 +22,14 @@ ALLOWED = {
         "sae_models",
         "steer_kernels",
     },
-    "steer_server.api": {"steer_server.engine", "steer_server.plan", "steer_server.catalog", "sae_models"},
+    "steer_server.batch": {"steer_server.engine", "steer_server.plan", "steer_server.catalog", "sae_models"},
+    "steer_server.api": {
+        "steer_server.batch",
+        "steer_server.engine",
+        "steer_server.plan",
+        "steer_server.catalog",
+        "sae_models",
+    },
 }
 FOLDERS = {
     "steer_kernels": ROOT / "kernels" / "steer_kernels",

@@ -1,1 +1,14 @@
-"""One module per published family of checkpoints: `detect(folder)`, `load(folder)`, `NAME`, `FILES`."""
+"""One module for each published format of checkpoints.
+
+Each has NAME, VERSIONS and LAYOUT for people, ARCHITECTURES, `detect(checkpoint)`, which looks at names and
+configurations only, and `load(checkpoint)`, which raises SAEFormatError where the files do not hold together.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from sae_models.families import saelens, temporal
+
+FAMILIES: tuple[ModuleType, ...] = (saelens, temporal)
+"""In the order in which they are tried: the first that recognises a checkpoint reads it."""

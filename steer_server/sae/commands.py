@@ -283,7 +283,7 @@ def _find(sae: str, features: Path | None) -> tuple[SAE, Path]:
         loaded = find_sae(sae)
     except CatalogError as error:
         _fail(str(error))
-    return loaded, features or loaded.weights.parent / FILE_NAME
+    return loaded, features or loaded.folder / FILE_NAME
 
 
 def _model(sae: SAE, given: str | None) -> str:

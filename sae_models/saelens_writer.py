@@ -1,0 +1,88 @@
+"""Write a canonical SAE as a SAELens checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from sae_models.errors import SAEFormatError
+from sae_models.families.saelens import CONFIG, WEIGHTS
+from sae_models.sae import SAE
+
+_NORMS = {"none": "none", "constant_norm": "constant_norm_rescale", "layer_norm": "layer_norm"}
+
+
+def saelens_architecture(sae: SAE) -> str:
+    """The name of `sae`'s kind in `cfg.json`. SAELens reads all but groupmax, switch and TopK transcoders."""
+    selection, threshold = sae.selection, sae.weights.activation.threshold
+    if selection is None:
+        kind = "jumprelu" if bool((threshold != 0).any()) else "standard"
+    elif selection.routed:
+        kind = "switch"
+    elif selection.groups > 1:
+        kind = "groupmax"
+    else:
+        kind = "abstopk" if selection.absolute else "topk"
+    if not sae.is_transcoder and sae.weights.W_skip is None:
+        return kind
+    ending = "transcoder" if sae.weights.W_skip is None else "skip_transcoder"
+    if kind in ("standard", "jumprelu", "topk"):
+        return ending if kind == "standard" else f"{kind}_{ending}"
+    raise SAEFormatError(f"a {kind} transcoder cannot be written in SAELens' format")
+
+
+def save_saelens(sae: SAE, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write `sae` to `folder`, everything folded, so that its activations and reconstructions stay what they are.
+
+    Raises SAEFormatError where SAELens' format has no place for it, OSError where the folder cannot be written.
+    """
+    architecture = saelens_architecture(sae)
+    W_enc, b_enc = sae.encoder()
+    tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": sae.decoder(), "b_dec": sae.reconstruction_bias()}
+    if "jumprelu" in architecture:
+        tensors["threshold"] = sae.thresholds()
+    skip = sae.skip()
+    if skip is not None:
+        tensors["W_skip"] = skip
+    config: dict[str, Any] = {
+        "architecture": architecture,
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": _NORMS[sae.token_norm],
+        "reshape_activations": "none",
+        "metadata": _metadata(sae),
+    }
+    if "transcoder" in architecture:
+        config["d_out"] = sae.d_out
+    if sae.selection is not None:
+        config["k"] = sae.selection.groups if architecture == "groupmax" else sae.selection.k
+        if architecture in ("topk", "abstopk"):
+            config["rescale_acts_by_decoder_norm"] = False
+        if sae.selection.routed:
+            config["experts"] = sae.selection.groups
+            tensors["W_router"], tensors["b_router"] = sae.router()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+
+
+def _metadata(sae: SAE) -> dict[str, Any]:
+    metadata: dict[str, Any] = {
+        "model_name": sae.model_name,
+        "hook_name": str(sae.hook_points[0]),
+        "steer_server": {"name": sae.name, "skip_first": sae.skip_first, "family": sae.family},
+    }
+    if len(sae.hook_points) > 1:
+        metadata["hook_names"] = [str(point) for point in sae.hook_points]
+    if sae.is_transcoder:
+        metadata["hook_name_out"] = str(sae.hook_points_out[0])
+        if len(sae.hook_points_out) > 1:
+            metadata["hook_names_out"] = [str(point) for point in sae.hook_points_out]
+    return metadata

@@ -1,0 +1,1 @@
+"""Offline batches: many rows, one job, each answered exactly once."""
