@@ -98,7 +98,13 @@ class WorkerSteering:
         return bool(self._requests) or bool(self._capturing)
 
     def capture(self, sites: Collection[str]) -> None:
-        """Keep the stream that leaves `sites` from the next forward on, of no sites: stop. Forgets what was kept."""
+        """Keep the stream that leaves `sites` from the next forward on, of no sites: stop. Forgets what was kept.
+
+        Raises ValueError for a site that is not armed.
+        """
+        unknown = set(sites) - set(self.config.sites)
+        if unknown:
+            raise ValueError(f"{', '.join(sorted(unknown))} cannot be captured; armed: {', '.join(self.config.sites)}")
         self._clear_table()
         self.sites = [CapturingSite() if site in sites else Site() for site in self.config.sites]
         self._capturing = [site for site in self.sites if isinstance(site, CapturingSite)]
@@ -173,9 +179,9 @@ class WorkerSteering:
         active, begins = np.unique(site, return_index=True)
         self._active = active.tolist()
         for i, begin, end in zip(self._active, begins, np.append(begins, len(site))[1:], strict=True):
-            edits = prepare_edits(rows.part(begin, end), self.bank.rows, self.encoders)
-            self.sites[i].edits = edits
-            for reads in edits.remote:
+            prepared = prepare_edits(rows.part(begin, end), self.bank.rows, self.encoders)
+            self.sites[i].edits = prepared
+            for reads in prepared.remote:
                 self.sites[reads.source].reads.append(reads)
                 self._touched.add(reads.source)
         self._touched.update(self._active)
@@ -264,6 +270,4 @@ def encoder_of(sae: SAE, device: torch.device) -> TopKEncoder:
     if selection.routed:
         W, b = sae.router()
         router = W.to(device), b.to(device)
-    return TopKEncoder(
-        W_enc.to(device), b_enc.to(device), selection.k, selection.groups, selection.absolute, router
-    )
+    return TopKEncoder(W_enc.to(device), b_enc.to(device), selection.k, selection.groups, selection.absolute, router)

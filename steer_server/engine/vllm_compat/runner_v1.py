@@ -69,7 +69,8 @@ def _load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     # Here, so that it is part of what vLLM finds in use when it sizes the KV cache.
     self.steering = WorkerSteering(config, self.model_config.dtype, self.device)
     logger.info(
-        "Steering: %d of %d decoder layers armed, %d other sites; %d SAE(s): %s; row bank of %d rows (%d edits a request), %.1f MiB",
+        "Steering: %d of %d decoder layers armed, %d other sites; %d SAE(s): %s; "
+        "row bank of %d rows (%d edits a request), %.1f MiB",
         len(config.layers),
         config.n_layers,
         len(config.sites) - len(config.layers),
