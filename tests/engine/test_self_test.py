@@ -92,13 +92,13 @@ def test_a_site_of_little_weight_is_tried_with_a_larger_vector(monkeypatch):
         def __call__(self, tokens, compiled):
             seen = super().__call__(tokens, compiled)
             generator = torch.Generator().manual_seed(int(compiled))
-            noise = torch.randn(seen.final.shape, generator=generator) * 2e-3 / D_MODEL**0.5
+            noise = torch.randn(seen.final.shape, generator=generator) * 5e-5 / D_MODEL**0.5
             return Observation(seen.before, seen.after, seen.final + noise)
 
-    assert all(check.passed for check in run(Rounding(EVERYWHERE, mlp=0.03)))
+    assert all(check.passed for check in run(Rounding(EVERYWHERE, mlp=0.001)))
     monkeypatch.setattr("steer_server.engine.self_test.MAX_GROWTHS", 0)
     with pytest.raises(SelfTestError, match=r"blocks.1.mlp.hook_in: .* compiled model off by"):
-        run(Rounding(EVERYWHERE, mlp=0.03))
+        run(Rounding(EVERYWHERE, mlp=0.001))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
