@@ -1,5 +1,7 @@
 """The self-test on a small model: it passes where the op works and fails on every way that it can not work."""
 
+import re
+
 import pytest
 import torch
 
@@ -97,7 +99,7 @@ def test_a_site_of_little_weight_is_tried_with_a_larger_vector(monkeypatch):
 
     assert all(check.passed for check in run(Rounding(EVERYWHERE, mlp=0.001)))
     monkeypatch.setattr("steer_server.engine.self_test.MAX_GROWTHS", 0)
-    with pytest.raises(SelfTestError, match=r"blocks.1.mlp.hook_in: .* compiled model off by"):
+    with pytest.raises(SelfTestError, match=r"blocks\.1\.mlp\.hook_in: .* compiled model off by"):
         run(Rounding(EVERYWHERE, mlp=0.001))
 
 
@@ -114,18 +116,18 @@ def test_fails_on_a_model_that_does_not(fault, where, dtype):
 @pytest.mark.parametrize("fault", ["not called", "on a copy", "wrong site"])
 @pytest.mark.parametrize("at", [site for site in EVERYWHERE if "blocks.1" in site or "pre" in site])
 def test_fails_where_any_kind_of_site_does_not(at, fault, where, dtype):
-    with pytest.raises(SelfTestError, match="layer 1: off by" if at == OUTPUTS[1] else f"{at}: off by"):
+    with pytest.raises(SelfTestError, match=re.escape("layer 1: off by" if at == OUTPUTS[1] else f"{at}: off by")):
         run(Model(EVERYWHERE, f"{where}: {fault}", dtype, at))
 
 
 def test_a_site_that_the_model_does_not_come_by_is_named():
-    with pytest.raises(SelfTestError, match="does not come by blocks.1.hook_attn_out"):
+    with pytest.raises(SelfTestError, match=r"does not come by blocks\.1\.hook_attn_out"):
         run(Model(EVERYWHERE, "eager: not passed", at="blocks.1.hook_attn_out"))
 
 
 @pytest.mark.parametrize("where", ["compiled", "eager"])
 def test_an_input_that_is_not_read_fails_its_output(where):
-    """Where a transcoder reads something else than what the MLP is given, its edits are wrong though both sites work."""
+    """A transcoder that reads something else than what the MLP is given is wrong, though both its sites work."""
 
     class Elsewhere(Model):
         def op(self, point, hidden, residual=None):
@@ -140,5 +142,5 @@ def test_an_input_that_is_not_read_fails_its_output(where):
             else:
                 super().op(point, hidden, residual)
 
-    with pytest.raises(SelfTestError, match="blocks.1.hook_mlp_out: off by"):
+    with pytest.raises(SelfTestError, match=r"blocks\.1\.hook_mlp_out: off by"):
         run(Elsewhere(EVERYWHERE))

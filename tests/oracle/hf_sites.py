@@ -7,7 +7,7 @@ import torch
 
 
 def decoder_layers(model):
-    body = getattr(model, "model", None) or model.transformer
+    body = model.base_model
     return body.layers if hasattr(body, "layers") else body.h
 
 
@@ -19,17 +19,21 @@ def hook(model, site, edit):
     _, layer, *name = site.split(".")
     module = decoder_layers(model)[int(layer)]
     name = ".".join(name)
-    attention = getattr(module, "self_attn", None) or getattr(module, "attn", None)
-    # Gemma puts a norm behind attention and MLP; what comes out of it is added to the stream.
-    has_norms_behind = hasattr(module, "pre_feedforward_layernorm")
+    attention = next(getattr(module, n) for n in ("self_attn", "attn", "attention") if hasattr(module, n))
+    # Gemma, OLMo and GLM put a norm behind attention and MLP; what comes out of it is added to the stream.
+    behind_attention, behind_mlp = attention, module.mlp
+    if hasattr(module, "post_feedforward_layernorm"):
+        behind_attention, behind_mlp = module.post_attention_layernorm, module.post_feedforward_layernorm
+    elif hasattr(module, "post_mlp_layernorm"):
+        behind_attention, behind_mlp = module.post_self_attn_layernorm, module.post_mlp_layernorm
     if name == "hook_resid_post":
         return _on_output(module, edit)
     if name == "hook_resid_pre":
         return _on_input(module, edit)
     if name == "hook_attn_out":
-        return _on_output(module.post_attention_layernorm if has_norms_behind else attention, edit)
+        return _on_output(behind_attention, edit)
     if name == "hook_mlp_out":
-        return _on_output(module.post_feedforward_layernorm if has_norms_behind else module.mlp, edit)
+        return _on_output(behind_mlp, edit)
     assert name == "mlp.hook_in"
     return _on_input(module.mlp, edit)
 

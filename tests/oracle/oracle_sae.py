@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+
 class OracleSAE:
     """A folder in SAELens' format, its activations by the definitions of SAELens' `encode` methods, or of the papers
     for what SAELens does not have."""

@@ -151,7 +151,9 @@ def test_one_row_for_all_layers_or_one_each(catalog):
     assert [e.site for e in shared.edits] == [f"blocks.{layer}.hook_resid_post" for layer in (0, 2, 3)]
     assert len(shared.rows) == len(shared.row_refs()) == 1
     each = plan(catalog, {"vectors": [vector(np.eye(8)[:2], layers=[3, 0])]}).plan
-    by_layer = {int(e.site.split(".")[1]): np.frombuffer(each.rows[e.write.sha256], dtype=np.float32) for e in each.edits}
+    by_layer = {
+        int(e.site.split(".")[1]): np.frombuffer(each.rows[e.write.sha256], dtype=np.float32) for e in each.edits
+    }
     assert np.array_equal(by_layer[3], np.eye(8)[0])
     assert np.array_equal(by_layer[0], np.eye(8)[1])
 

@@ -67,7 +67,7 @@ class Place:
         def edit_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             # On a copy: where an architecture has no norm before it, the input is also what is added to the output.
             edited = self._input(args, kwargs).clone()
-            apply_edits(edited, None, site)
+            apply_edits(tokens_of(edited, self.d_model), None, site)
             return self._replaced(args, kwargs, edited)
 
         if self.parameter is None:
@@ -82,7 +82,12 @@ class Place:
             return lambda module, inputs, output: observe(*self._output(output))
 
         def on_input(observe: Observe) -> Any:
-            return lambda module, args, kwargs: observe(self._input(args, kwargs), None)
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                stream = tokens_of(self._input(args, kwargs), self.d_model)
+                assert stream is not None
+                observe(stream, None)
+
+            return hook
 
         if self.parameter is None:
             return [
@@ -97,12 +102,24 @@ class Place:
     def _output(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.point.kind == "resid_post":
             return stream_parts(output, self.point.layer, self.d_model)
-        return self._checked(output, "returns"), None
+        # Some attention modules have a place for weights or a bias beside their output.
+        alone = isinstance(output, tuple) and len(output) > 0 and all(part is None for part in output[1:])
+        stream = tokens_of(output[0] if alone else output, self.d_model)
+        if stream is None:
+            raise ArmError(
+                f"{self.point}: {type(self.module).__name__} returns {shape_of(output)}, not [tokens, {self.d_model}]"
+            )
+        return stream, None
 
     def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         assert self.parameter is not None
         name, position = self.parameter
-        return self._checked(args[position] if position < len(args) else kwargs.get(name), "is given")
+        given = args[position] if position < len(args) else kwargs.get(name)
+        if tokens_of(given, self.d_model) is None:
+            raise ArmError(
+                f"{self.point}: {type(self.module).__name__} is given {shape_of(given)}, not [tokens, {self.d_model}]"
+            )
+        return given
 
     def _replaced(self, args: tuple[Any, ...], kwargs: dict[str, Any], edited: torch.Tensor) -> Any:
         assert self.parameter is not None
@@ -110,12 +127,6 @@ class Place:
         if position < len(args):
             return (*args[:position], edited, *args[position + 1 :]), kwargs
         return args, kwargs | {name: edited}
-
-    def _checked(self, stream: Any, verb: str) -> torch.Tensor:
-        if isinstance(stream, torch.Tensor) and stream.dim() == 2 and stream.shape[-1] == self.d_model:
-            return stream
-        shape = tuple(stream.shape) if isinstance(stream, torch.Tensor) else type(stream).__name__
-        raise ArmError(f"{self.point}: {type(self.module).__name__} {verb} {shape}, not [tokens, {self.d_model}]")
 
 
 def find_places(layers: nn.ModuleList, points: Sequence[HookPoint], d_model: int) -> list[Place]:
@@ -186,16 +197,30 @@ def _reduced(module: nn.Module, point: HookPoint) -> nn.Module:
     return module
 
 
+def tokens_of(stream: Any, d_model: int) -> torch.Tensor | None:
+    """A stream as [tokens, d_model], of which vLLM's Transformers backend makes a batch of one; None for all else."""
+    if not isinstance(stream, torch.Tensor) or stream.shape[-1] != d_model:
+        return None
+    if stream.dim() == 3 and stream.shape[0] == 1:
+        return stream[0]
+    return stream if stream.dim() == 2 else None
+
+
+def shape_of(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
 def stream_parts(output: Any, index: int, d_model: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(hidden, residual) of a decoder layer's output; the residual stream is their sum, or hidden alone."""
     if isinstance(output, torch.Tensor):
-        hidden, residual = output, None
+        parts: tuple[Any, Any] = (output, None)
     elif isinstance(output, tuple) and len(output) == 2 and isinstance(output[0], torch.Tensor):
-        hidden, residual = output
+        parts = output
     else:
         raise ArmError(f"decoder layer {index} returns {type(output).__name__}, not a tensor or (hidden, residual)")
-    for part in (hidden, residual):
-        if part is not None and not (isinstance(part, torch.Tensor) and part.dim() == 2 and part.shape[-1] == d_model):
-            shape = tuple(part.shape) if isinstance(part, torch.Tensor) else type(part).__name__
-            raise ArmError(f"decoder layer {index} returns {shape}, not [tokens, {d_model}]")
+    hidden, residual = (None if part is None else tokens_of(part, d_model) for part in parts)
+    for part, stream in zip(parts, (hidden, residual), strict=True):
+        if part is not None and stream is None:
+            raise ArmError(f"decoder layer {index} returns {shape_of(part)}, not [tokens, {d_model}]")
+    assert hidden is not None
     return hidden, residual
