@@ -31,16 +31,21 @@ class Observation:
     """One run over some tokens.
 
     before, after: the stream [tokens, d_model] around each site's op, as the model's own code sees it; None where the
-    model is compiled and cannot be watched, or never came by. final: what the model returned.
+    model is compiled and cannot be watched, or never came by. in_two_parts: where the stream is the sum of two tensors.
+    final: what the model returned.
     """
 
     before: list[torch.Tensor | None]
     after: list[torch.Tensor | None]
+    in_two_parts: list[bool]
     final: torch.Tensor
 
 
-RunTokens = Callable[[int, bool], Observation]
-"""(tokens, compiled) -> what happened. Every token is the same, and on its own: attention contributes nothing."""
+RunTokens = Callable[[int, bool, list[torch.Tensor] | None], Observation]
+"""(tokens, compiled, added) -> what happened. Every token is the same, and on its own: attention contributes nothing.
+
+added: [tokens, d_model] for each site, added in an eager run to the part of its stream that the op does not write.
+"""
 
 
 @dataclass(frozen=True)
@@ -177,12 +182,13 @@ def run_self_test(sites: Sequence[str], dtype: torch.dtype, run: RunTokens, comp
 
     Each site has one token at which a known vector is added and one at which a known direction is projected out; each
     pair of an MLP's input and output has one at which the input is read and the output written. Nothing else may move.
+    Where the stream is the sum of two tensors, adding to the one or the other must be the same to the model.
     dtype: of the model. Raises SelfTestError naming the sites that fail.
     """
     layout = _Layout(sites)
     bind_sites(())
     try:
-        plain = run(layout.tokens, False)
+        plain = run(layout.tokens, False, None)
         before = _seen(plain.before, sites)
         size = torch.stack([stream[0].float().norm() / stream.shape[-1] ** 0.5 for stream in before]).cpu()
         # Attention adds nothing in this test, so there may be no stream to take the size from.
@@ -191,12 +197,12 @@ def run_self_test(sites: Sequence[str], dtype: torch.dtype, run: RunTokens, comp
             rows = _Rows(layout, before, size, dtype)
             test_sites = rows.test_sites()
             bind_sites(test_sites)
-            eager = run(layout.tokens, False)
+            eager = run(layout.tokens, False, None)
             weak = [_effect(eager.final, layout.add(i)) < MIN_EFFECT for i in range(layout.sites)]
             if not any(weak) or growth == MAX_GROWTHS:
                 break
             size = torch.where(torch.tensor(weak), size * 10, size)
-        answer = run(layout.tokens, True).final if compiled else None
+        answer = run(layout.tokens, True, None).final if compiled else None
     finally:
         bind_sites(())
     runs = 2 if compiled else 1
@@ -208,6 +214,7 @@ def run_self_test(sites: Sequence[str], dtype: torch.dtype, run: RunTokens, comp
         raise SelfTestError(
             "steering self-test failed: this server would answer as if it steered. " + "; ".join(map(str, failed))
         )
+    _check_sums(rows, sites, eager, run)
     return checks
 
 
@@ -216,6 +223,29 @@ def _seen(streams: list[torch.Tensor | None], sites: Sequence[str]) -> list[torc
     if missing:
         raise SelfTestError(f"steering self-test failed: the model does not come by {', '.join(missing)}")
     return [stream for stream in streams if stream is not None]
+
+
+def _check_sums(rows: _Rows, sites: Sequence[str], eager: Observation, run: RunTokens) -> None:
+    """Raise SelfTestError where the op reads a sum that is not the stream: some layers return what came in beside their
+    complete output."""
+    if not any(eager.in_two_parts):
+        return
+    layout = rows.layout
+    added = []
+    for i in range(layout.sites):
+        added.append(torch.zeros(layout.tokens, rows.rows.shape[-1], dtype=rows.rows.dtype, device=rows.rows.device))
+        added[i][layout.add(i)] = rows.rows[i]
+    final = run(layout.tokens, False, added).final
+    wrong = []
+    for i in (i for i in range(layout.sites) if eager.in_two_parts[i]):
+        wanted, found = ((seen[layout.add(i)] - seen[0]).double() for seen in (eager.final, final))
+        if float((found - wanted).norm()) > COMPILED_TOLERANCE * float(wanted.norm()):
+            wrong.append(sites[i])
+    if wrong:
+        raise SelfTestError(
+            f"steering self-test failed: the stream at {', '.join(wrong)} is not the sum of the two tensors that the "
+            "model returns there, so it would be misread; this architecture is not supported"
+        )
 
 
 def _effect(final: torch.Tensor, token: int) -> float:

@@ -30,8 +30,9 @@ class Model:
         self.start = torch.randn(1, D_MODEL, generator=generator).to(dtype)
         self.sites, self.fault, self.at, self.mlp, self.dtype = list(sites), fault, at, mlp, dtype
 
-    def __call__(self, tokens, compiled):
-        self.compiled = compiled
+    def __call__(self, tokens, compiled, added):
+        self.compiled, self.added = compiled, added
+        self.in_two_parts = [False] * len(self.sites)
         self.before, self.after = ([None] * len(self.sites) for _ in range(2))
         residual = self.start.repeat(tokens, 1)
         self.op(HookPoint(0, "resid_pre"), residual)
@@ -47,12 +48,15 @@ class Model:
             self.op(HookPoint(layer, "mlp_out"), hidden)
             self.op(HookPoint(layer), hidden, residual)
         stream = hidden + residual
-        return Observation(self.before, self.after, stream / stream.norm(dim=-1, keepdim=True))
+        return Observation(self.before, self.after, self.in_two_parts, stream / stream.norm(dim=-1, keepdim=True))
 
     def op(self, point, hidden, residual=None):
         if str(point) not in self.sites:
             return
         site = self.sites.index(str(point))
+        self.in_two_parts[site] = residual is not None
+        if residual is not None and self.added is not None:
+            residual += self.added[site]
         broken = self.compiled if self.fault and self.fault.startswith("compiled") else not self.compiled
         fault = self.fault if broken and str(point) == self.at and self.fault else ""
 
@@ -91,11 +95,11 @@ def test_a_site_of_little_weight_is_tried_with_a_larger_vector(monkeypatch):
     """What an edit of the MLP's input changes must be more than rounding for the compiled model to be compared."""
 
     class Rounding(Model):
-        def __call__(self, tokens, compiled):
-            seen = super().__call__(tokens, compiled)
+        def __call__(self, tokens, compiled, added):
+            seen = super().__call__(tokens, compiled, added)
             generator = torch.Generator().manual_seed(int(compiled))
             noise = torch.randn(seen.final.shape, generator=generator) * 5e-5 / D_MODEL**0.5
-            return Observation(seen.before, seen.after, seen.final + noise)
+            return Observation(seen.before, seen.after, seen.in_two_parts, seen.final + noise)
 
     assert all(check.passed for check in run(Rounding(EVERYWHERE, mlp=0.001)))
     monkeypatch.setattr("steer_server.engine.self_test.MAX_GROWTHS", 0)
@@ -144,3 +148,15 @@ def test_an_input_that_is_not_read_fails_its_output(where):
 
     with pytest.raises(SelfTestError, match=r"blocks\.1\.hook_mlp_out: off by"):
         run(Elsewhere(EVERYWHERE))
+
+
+def test_a_residual_that_is_not_part_of_the_stream_is_refused():
+    """Some layers return their output, complete, and beside it what came in: the sum of both is not the stream."""
+
+    class Complete(Model):
+        def op(self, point, hidden, residual=None):
+            came_in = residual.clone() if point == HookPoint(1) else residual
+            super().op(point, hidden, came_in)
+
+    with pytest.raises(SelfTestError, match=r"the stream at blocks\.1\.hook_resid_post is not the sum"):
+        run(Complete(EVERYWHERE))

@@ -40,6 +40,8 @@ ARCHITECTURES = {
     "gemma3": transformers.Gemma3TextConfig(**SIZES),
     "olmo2": transformers.Olmo2Config(**NARROW),
     "glm4": transformers.Glm4Config(**SIZES, pad_token_id=0),
+    "cohere": transformers.CohereConfig(**NARROW, pad_token_id=0),
+    "exaone4": transformers.Exaone4Config(**SIZES, sliding_window=None, layer_types=["full_attention"] * N_LAYERS),
     "gpt_neox": transformers.GPTNeoXConfig(**NEOX),
     "gpt2": transformers.GPT2Config(**GPT2),
 }

@@ -21,6 +21,25 @@ PRE_MLP_NORMS = ("pre_feedforward_layernorm", "pre_mlp_layernorm")
 POST_MLP_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")
 
 
+COMPLETE_OUTPUT = frozenset(
+    {
+        "Cohere2MoeDecoderLayer",
+        "CohereCompassDecoderLayer",
+        "CohereDecoderLayer",
+        "Exaone4DecoderLayer",
+        "GraniteMoeHybridAttentionDecoderLayer",
+        "GraniteMoeHybridMambaDecoderLayer",
+        "HyperCLOVAXDecoderLayer",
+        "PhiMoEDecoderLayer",
+        "StablelmDecoderLayer",
+    }
+)
+"""Decoder layers that return two tensors of which the first is the stream: the second, what came in, is already in it.
+
+The self-test refuses those that are not named here.
+"""
+
+
 class ArmError(RuntimeError):
     """An architecture in which a hook point cannot be reached. The server must not start."""
 
@@ -101,7 +120,8 @@ class Place:
 
     def _output(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.point.kind == "resid_post":
-            return stream_parts(output, self.point.layer, self.d_model)
+            hidden, residual = stream_parts(output, self.point.layer, self.d_model)
+            return hidden, None if type(self.module).__name__ in COMPLETE_OUTPUT else residual
         # Some attention modules have a place for weights or a bias beside their output.
         alone = isinstance(output, tuple) and len(output) > 0 and all(part is None for part in output[1:])
         stream = tokens_of(output[0] if alone else output, self.d_model)

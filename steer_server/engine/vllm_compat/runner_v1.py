@@ -148,9 +148,10 @@ def _self_test(runner: Any, steering: WorkerSteering) -> list[SiteCheck]:
 
     armed: list[Place] = runner.steering_places
 
-    def run(tokens: int, compiled: bool) -> Observation:
+    def run(tokens: int, compiled: bool, added: list[torch.Tensor] | None) -> Observation:
         before: list[torch.Tensor | None] = [None] * len(armed)
         after: list[torch.Tensor | None] = [None] * len(armed)
+        in_two_parts = [False] * len(armed)
 
         def keep(into: list[torch.Tensor | None], site: int) -> Observe:
             def observe(hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
@@ -158,16 +159,25 @@ def _self_test(runner: Any, steering: WorkerSteering) -> list[SiteCheck]:
 
             return observe
 
+        def before_op(site: int) -> Observe:
+            def observe(hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+                in_two_parts[site] = residual is not None
+                if residual is not None and added is not None:
+                    residual += added[site]
+                keep(before, site)(hidden, residual)
+
+            return observe
+
         handles = []
         if not compiled:
             for site, place in enumerate(armed):
-                handles += place.watch(keep(before, site), keep(after, site))
+                handles += place.watch(before_op(site), keep(after, site))
         try:
             final = _run_tokens(runner, tokens, compiled)
         finally:
             for handle in handles:
                 handle.remove()
-        return Observation(before, after, final)
+        return Observation(before, after, in_two_parts, final)
 
     compiled = runner.compilation_config.mode != CompilationMode.NONE
     return run_self_test(steering.config.sites, runner.model_config.dtype, run, compiled)
