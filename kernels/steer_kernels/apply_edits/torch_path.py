@@ -435,9 +435,9 @@ def _split(edits: SiteEdits, mask: npt.NDArray[np.bool_]) -> tuple[SiteEdits | N
 
 
 def _groups(edits: SiteEdits, rows: torch.Tensor, encoders: Sequence[TopKEncoder]) -> _Groups:
-    scaled = (edits.read < 0) & (edits.norm != TokenNorm.NONE)
-    if bool(scaled.any()):
-        # What these write depends on the stream though they read no feature: to the torch path, one that is never on.
+    if bool(edits.norm.any()):
+        # Rows that are scaled depend on the stream though they read no feature: to the torch path, one never on.
+        scaled = (edits.read < 0) & (edits.norm != TokenNorm.NONE)
         edits = replace(
             edits,
             read=np.where(scaled, edits.write, edits.read),
@@ -479,9 +479,12 @@ def prepare_edits(edits: SiteEdits, rows: torch.Tensor, encoders: Sequence[TopKE
 
     rows: [capacity, d_model], the row bank; what the edits use of it is copied. encoders: those that edits number.
     """
-    # A row that neither reads nor is scaled depends on no stream, wherever it would be read.
-    elsewhere = (edits.source >= 0) & ((edits.read >= 0) | (edits.norm != TokenNorm.NONE))
-    away, local = _split(edits, elsewhere)
+    away: SiteEdits | None = None
+    local: SiteEdits | None = edits
+    if int(edits.source.max()) >= 0:
+        # A row that neither reads nor is scaled depends on no stream, wherever it would be read.
+        elsewhere = (edits.source >= 0) & ((edits.read >= 0) | (edits.norm != TokenNorm.NONE))
+        away, local = _split(edits, elsewhere)
     norm_tokens = None
     if bool(edits.preserve_norm.any()):
         kept = _one_row_a_token(edits.take(edits.preserve_norm))
