@@ -209,11 +209,11 @@ def doctor(
 
 
 def _print_checks(checks: list[dict[str, Any]]) -> None:
-    table = Table("layer", "error", "allowed", "compiled model", "verdict", title="steering self-test")
+    table = Table("site", "error", "allowed", "compiled model", "verdict", title="steering self-test")
     for check in checks:
         compiled = check["compiled_error"]
         table.add_row(
-            str(check["layer"]),
+            check["site"],
             f"{check['error']:.2e}",
             f"{check['allowed']:.2e}",
             "not compiled" if compiled is None else f"off by {compiled:.1e}",

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sae_models import SAE, SAEFormatError, load
+from sae_models import SAE, HookPoint, SAEFormatError, load
+from sae_models.hook_points import ARMABLE
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 
@@ -30,7 +31,8 @@ class Catalog:
 def open_catalog(paths: Iterable[tuple[str, str]], d_model: int, layers: Iterable[int]) -> Catalog:
     """Open the SAEs at `paths` (name, folder) and check that each fits the model.
 
-    d_model: width of the residual stream. layers: the armed decoder layers. Raises CatalogError.
+    d_model: width of the residual stream. layers: the decoder layers that are armed, in which an SAE may be at any kind
+    of place that an engine can arm. Raises CatalogError.
     """
     armed = frozenset(layers)
     saes: dict[str, SAE] = {}
@@ -43,11 +45,17 @@ def open_catalog(paths: Iterable[tuple[str, str]], d_model: int, layers: Iterabl
             sae = load(Path(path))
         except SAEFormatError as error:
             raise CatalogError(f"SAE {name!r}: {error}") from None
-        if sae.d_in != d_model:
-            raise CatalogError(f"SAE {name!r} is for d_model={sae.d_in}, the model has {d_model}")
-        if sae.hook_point.layer not in armed:
-            raise CatalogError(
-                f"SAE {name!r} acts at {sae.hook_point}, which is not armed; armed layers: {sorted(armed)}"
-            )
+        for point in (*sae.hook_points, *sae.hook_points_out):
+            if not point.armable:
+                kinds = ", ".join(str(HookPoint(point.layer, kind)) for kind in ARMABLE if kind != "resid_pre")
+                raise CatalogError(
+                    f"SAE {name!r} acts at {point}, which cannot be armed; what can, of each layer: {kinds}; and "
+                    f"{HookPoint(0, 'resid_pre')}"
+                )
+            if point.layer not in armed:
+                raise CatalogError(f"SAE {name!r} acts at {point}, which is not armed; armed layers: {sorted(armed)}")
+        for width in (sae.d_in, sae.d_out):
+            if width != d_model:
+                raise CatalogError(f"SAE {name!r} is for d_model={width}, the model has {d_model}")
         saes[name] = sae
     return Catalog(saes)

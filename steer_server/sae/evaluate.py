@@ -19,10 +19,11 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from sae_models import SAE
+from sae_models import SAE, HookPoint
 from steer_kernels.apply_edits import SiteEdits, TopKEncoder, read_activations
 from steer_server.engine.admission import AdmittedSteering
 from steer_server.engine.vllm_compat.capturing_engine import CapturingEngine
+from steer_server.engine.worker import encoder_of
 from steer_server.sae.fidelity import EvalError, FidelityReport, FidelitySums, Observation, jaccard, kl_divergence
 from steer_server.sae.reference import ReferenceModel, ReferenceSAE, reference_sae
 from steer_server.sae.splice import edits_of_splice, reconstruction, zero_ablation
@@ -70,7 +71,7 @@ def serving(
     return CapturingEngine(
         str(model),
         saes={f"sae{i}": str(sae.folder) for i, sae in enumerate(saes)},
-        layers={sae.hook_point.layer for sae in saes} | {last_layer},
+        hook_points={sae.hook_point for sae in saes} | {HookPoint(last_layer)},
         max_edits=max(edits_of_splice(sae) for sae in saes),
         context_length=context_length,
         dtype=dtype,
@@ -190,21 +191,23 @@ class _ServedPath:
                 high=np.inf * ones,
                 encoder=np.full(sae.d_sae, -1 if sae.selection is None else 0),
                 feature=index,
+                norm=np.zeros_like(index),
+                source=np.full(sae.d_sae, -1),
                 preserve_norm=np.zeros(sae.d_sae, dtype=np.bool_),
             ),
             # As the row bank holds them.
             rows=torch.stack([row.encoder for row in features]).to(engine.dtype),
-            encoders=() if sae.selection is None else (TopKEncoder(*sae.encoder(), sae.k),),
+            encoders=() if sae.selection is None else (encoder_of(sae, torch.device("cpu")),),
         )
 
     def observe(self, engine: CapturingEngine, network: ReferenceModel, ids: Sequence[int]) -> Observation:
-        layer, last = self.sae.hook_point.layer, network.last_layer
+        site, last = str(self.sae.hook_point), str(HookPoint(network.last_layer))
         clean, spliced, zeroed = engine.run(ids), engine.run(ids, self.reconstruction), engine.run(ids, self.zero)
-        x = clean.streams[layer]
+        x = clean.streams[site]
         logprobs = network.logits(clean.streams[last]).log_softmax(-1)
         return Observation(
             x=x,
-            xhat=spliced.streams[layer],
+            xhat=spliced.streams[site],
             active=read_activations(x, self.features, self.rows, self.encoders) > 0,
             loss_clean=-clean.logprobs,
             loss_sae=-spliced.logprobs,

@@ -237,10 +237,10 @@ class TestServed:
         assert len(report.disagreements) >= 3
 
     def test_only_what_was_asked_is_replaced(self, engine, topk, sequences):
-        layer = topk.hook_point.layer
+        site = str(topk.hook_point)
         clean = engine.run(sequences[0])
         zeroed = engine.run(sequences[0], AdmittedSteering(zero_ablation(topk), None))
-        assert torch.equal(zeroed.streams[layer][0], clean.streams[layer][0])
+        assert torch.equal(zeroed.streams[site][0], clean.streams[site][0])
         # Rounding of hidden + residual, whose parts are far larger than their sum for some dimensions.
-        assert zeroed.streams[layer][1:].abs().max() < 1e-5 * clean.streams[layer].abs().max()
+        assert zeroed.streams[site][1:].abs().max() < 1e-5 * clean.streams[site].abs().max()
         assert torch.allclose(engine.run(sequences[0]).logprobs, clean.logprobs)
