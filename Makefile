@@ -9,10 +9,10 @@ ARGS   ?=
 BIN    := $(VENV)/bin
 INPUTS := pyproject.toml scripts/install_engine.py
 
-.PHONY: serve test lint unit bench clean help
+.PHONY: serve test lint unit bench conformance clean help
 
 help: ## Show this text
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 serve: $(VENV)/.installed ## Serve the embedded model on port 8000 (PORT=..., ARGS="...")
 	$(BIN)/steer-server serve --port $(PORT) $(ARGS)
@@ -32,8 +32,11 @@ lint: $(VENV)/.dev-installed ## Run ruff, mypy and hadolint
 bench: $(VENV)/.dev-installed ## Measure the serving overhead against vanilla vLLM
 	$(BIN)/python benchmarks/serving_overhead.py
 
-clean: ## Remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+conformance: ## Write the SAE fixtures anew with the libraries they come from, and compare
+	$(PYTHON) -m tests.conformance
+
+clean: ## Remove the virtual environments and caches
+	rm -rf $(VENV) .conformance .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

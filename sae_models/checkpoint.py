@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from sae_models.cache import cache_folder, file_identity, written_whole
 from sae_models.errors import SAEFormatError
@@ -61,15 +63,16 @@ class Checkpoint:
         return all(self.file(name).is_file() for name in names)
 
     def config(self, name: str) -> dict[str, Any]:
-        """The JSON object in file `name`."""
+        """The object in file `name`, which is JSON, or YAML where its name ends so."""
         path = self.file(name)
         data = self.small_file(path)
+        language = "YAML" if path.suffix == ".yaml" else "JSON"
         try:
-            config = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise SAEFormatError(f"{path}: not JSON: {error}") from None
+            config = yaml.safe_load(data) if language == "YAML" else json.loads(data)
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
+            raise SAEFormatError(f"{path}: not {language}: {error}") from None
         if not isinstance(config, dict):
-            raise SAEFormatError(f"{path}: not a configuration: expected a JSON object")
+            raise SAEFormatError(f"{path}: not a configuration: expected a {language} object")
         return config
 
     def small_file(self, path: Path) -> bytes:
@@ -119,7 +122,7 @@ class Checkpoint:
         try:
             return tuple(HookPoint.parse(name.strip()) for name in names)
         except ValueError as error:
-            raise self.error(str(error)) from None
+            raise self.error(f"{error}; ?{option}=NAME, added to the path, takes its place") from None
 
     def count(self, config: Mapping[str, Any], key: str) -> int:
         """A positive integer of a configuration."""
@@ -135,16 +138,26 @@ class Checkpoint:
             raise self.error(f"{key}={value!r} is not supported; supported: {', '.join(allowed)}")
         return str(value)
 
-    def verified(self, configs: Sequence[str], tensors: Sequence[tuple[TensorSource, Shapes]]) -> str:
+    def refuse_unknown_tensors(self, source: TensorSource, known: Collection[str]) -> None:
+        """Raise SAEFormatError where there are tensors that would be left out of the maths."""
+        unknown = sorted(source.names() - set(known))
+        if unknown:
+            raise self.error(f"it holds tensors of a kind of SAE that is not supported: {', '.join(unknown)}")
+
+    def verified(
+        self, configs: Sequence[str], tensors: Sequence[tuple[TensorSource, Shapes]], said_by_path: Sequence[str] = ()
+    ) -> str:
         """Check that tensors have their shapes, are floats and finite; the SHA-256 of everything read.
 
-        configs: names of the configuration files. Large files are read once: as long as they stay as they are, their
+        configs: names of the configuration files. said_by_path: what decides how the SAE works and stands in no file,
+        only in the names of files and folders. Large files are read once: as long as they stay as they are, their
         checksum is remembered.
         """
         for source, shapes in tensors:
             for name, shape in shapes.items():
                 check_tensor(source, name, shape)
         digest = hashlib.sha256(b"".join(self.small_file(self.file(name)) for name in configs))
+        digest.update("".join(f"\n{said}" for said in said_by_path).encode())
         paths = [source.path for source, _ in tensors]
         options = self._options.given()
         remembered = _memory(digest.hexdigest(), options, [(source.path, sorted(shapes)) for source, shapes in tensors])

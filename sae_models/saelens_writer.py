@@ -19,6 +19,8 @@ _NORMS = {"none": "none", "constant_norm": "constant_norm_rescale", "layer_norm"
 def saelens_architecture(sae: SAE) -> str:
     """The name of `sae`'s kind in `cfg.json`. SAELens reads all but groupmax, switch and TopK transcoders."""
     selection, threshold = sae.selection, sae.weights.activation.threshold
+    if bool((threshold < 0).any()) and not (selection is not None and selection.absolute):
+        raise SAEFormatError("an SAE that keeps negative activations cannot be written in SAELens' format")
     if selection is None:
         kind = "jumprelu" if bool((threshold != 0).any()) else "standard"
     elif selection.routed:
@@ -61,6 +63,7 @@ def save_saelens(sae: SAE, folder: Path, dtype: torch.dtype = torch.float32) -> 
     }
     if "transcoder" in architecture:
         config["d_out"] = sae.d_out
+        config["metadata"]["hook_name_out"] = str(sae.hook_points_out[0])
     if sae.selection is not None:
         config["k"] = sae.selection.groups if architecture == "groupmax" else sae.selection.k
         if architecture in ("topk", "abstopk"):
@@ -81,8 +84,6 @@ def _metadata(sae: SAE) -> dict[str, Any]:
     }
     if len(sae.hook_points) > 1:
         metadata["hook_names"] = [str(point) for point in sae.hook_points]
-    if sae.is_transcoder:
-        metadata["hook_name_out"] = str(sae.hook_points_out[0])
-        if len(sae.hook_points_out) > 1:
-            metadata["hook_names_out"] = [str(point) for point in sae.hook_points_out]
+    if sae.is_transcoder and len(sae.hook_points_out) > 1:
+        metadata["hook_names_out"] = [str(point) for point in sae.hook_points_out]
     return metadata

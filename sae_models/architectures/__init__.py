@@ -11,6 +11,7 @@ from types import ModuleType
 from sae_models.architectures import (
     abstopk,
     batchtopk,
+    clt_own_layer,
     gated,
     groupmax,
     hierarchical_topk,
@@ -34,7 +35,7 @@ ENCODERS: dict[str, ModuleType] = {
     )
 }  # fmt: skip
 
-TRANSCODERS: dict[str, ModuleType] = {module.NAME: module for module in (transcoder, skip_transcoder)}
+TRANSCODERS: dict[str, ModuleType] = {module.NAME: module for module in (transcoder, skip_transcoder, clt_own_layer)}
 
 REFUSED: dict[str, str] = {
     "temporal": "its features depend on earlier tokens through an attention of its own, which an edit row cannot hold",

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from sae_models.families import saelens, temporal
+from sae_models.families import circuit_tracer, clt, dictionary_learning, mistral_sae, saelens, sparsify, temporal
 
-FAMILIES: tuple[ModuleType, ...] = (saelens, temporal)
+FAMILIES: tuple[ModuleType, ...] = (
+    saelens, temporal, dictionary_learning, sparsify, clt, circuit_tracer, mistral_sae,
+)  # fmt: skip
 """In the order in which they are tried: the first that recognises a checkpoint reads it."""
