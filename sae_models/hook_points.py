@@ -83,7 +83,7 @@ class HookPoint:
         architectures and the attention's output in others.
         """
         spelled = [(pattern, kind) for pattern, kind in _SPELLINGS]
-        spelled += [(_LAYER + ending, kind) for ending, kind in _HUGGING_FACE]
+        spelled += [(f"{_LAYER}(?:{ending})", kind) for ending, kind in _HUGGING_FACE]
         for pattern, kind in spelled:
             match = re.fullmatch(pattern, name)
             if match is not None:

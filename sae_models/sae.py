@@ -112,13 +112,13 @@ class SAE:
         """(W_enc [d_in, d_sae], b_enc [d_sae]) of the whole SAE, float32, everything folded."""
         W_enc = torch.empty(self.d_in, self.d_sae)
         b_enc = torch.empty(self.d_sae)
-        for features, encoder, bias, _ in self._blocks():
+        for features, encoder, bias, _ in self.blocks():
             W_enc[:, features], b_enc[features] = encoder.T.float(), bias.float()
         return W_enc, b_enc
 
     def decoder(self) -> torch.Tensor:
         """W_dec [d_sae, d_out] of the whole SAE, float32, everything folded."""
-        return torch.cat([decoder.float() for _, _, _, decoder in self._blocks()])
+        return torch.cat([decoder.float() for _, _, _, decoder in self.blocks()])
 
     def thresholds(self) -> torch.Tensor:
         """[d_sae], float32."""
@@ -150,12 +150,12 @@ class SAE:
 
     def activate(self, pre_acts: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Activations [n, d_sae] from pre-activations [n, d_sae] of tokens x [n, d_in]."""
-        acts = torch.where(pre_acts > self.thresholds().to(x), pre_acts, 0.0)
+        acts = torch.where(pre_acts > self.weights.activation.threshold.to(x), pre_acts, 0.0)
         if self.selection is None:
             return acts
         acts = torch.where(self.selection.keep(pre_acts), acts, 0.0)
-        if self.selection.routed:
-            W, b = (tensor.to(x) for tensor in self.router())
+        if self.weights.router is not None:
+            W, b = (tensor.to(x) for tensor in self.weights.router)
             weights = self.selection.route(x @ W + b)
             acts = acts * weights.repeat_interleave(self.d_sae // self.selection.groups, dim=-1)
         return acts
@@ -169,8 +169,8 @@ class SAE:
         skip = self.skip()
         return out if skip is None else out + x @ skip.to(x).T
 
-    def _blocks(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """(features, encoder [n, d_in], bias [n], decoder [n, d_out]), float64, of all features in turn."""
+    def blocks(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """(features, encoder [n, d_in], bias [n], decoder [n, d_out]) of all features in turn, float64, folded."""
         for start in range(0, self.d_sae, FEATURES_AT_ONCE):
             stop = min(start + FEATURES_AT_ONCE, self.d_sae)
             w_enc, w_dec = self.weights.W_enc.block(start, stop), self.weights.W_dec.block(start, stop)
