@@ -35,8 +35,12 @@ def load(location: Path | str, options: LoadOptions | None = None, open_pickle: 
     checkpoint = Checkpoint(path, options or LoadOptions(), open_pickle)
     for family in FAMILIES:
         if family.detect(checkpoint):
-            sae = family.load(checkpoint)
-            checkpoint.refuse_unused_options()
+            try:
+                sae: SAE = family.load(checkpoint)
+                checkpoint.refuse_unused_options()
+            except SAEFormatError:
+                checkpoint.discard()
+                raise
             return sae
     known = "; ".join(f"{family.NAME} ({family.LAYOUT})" for family in FAMILIES)
     raise SAEFormatError(f"{path}: not a checkpoint of a supported family; supported: {known}")

@@ -40,6 +40,15 @@ class Checkpoint:
         self._options = options
         self._open_pickle = open_pickle
         self._asked: set[str] = set()
+        self._written: list[Path] = []
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names on the way to it, which some families keep hook points and models in.
+
+        Symbolic links are not followed: those of a Hugging Face cache lead to files without a name.
+        """
+        return self.path.absolute().parts
 
     def option(self, name: str) -> Any:
         """The option `name`, or None; asking is what gives an option a use."""
@@ -51,6 +60,11 @@ class Checkpoint:
         for name, value in self._options.given().items():
             if name not in self._asked:
                 raise SAEFormatError(f"{self.path}: option {name}={value} has no use for this checkpoint")
+
+    def discard(self) -> None:
+        """Take out of the cache what was written there for this checkpoint, which turned out to be none."""
+        for path in self._written:
+            path.unlink(missing_ok=True)
 
     def error(self, message: str) -> SAEFormatError:
         return SAEFormatError(f"{self.path}: {message}")
@@ -91,7 +105,10 @@ class Checkpoint:
         if path.suffix == ".safetensors":
             return SafetensorsFile(path)
         if path.suffix == ".npz":
-            return extracted(path)
+            source, is_new = extracted(path)
+            if is_new:
+                self._written.append(source.path)
+            return source
         if path.suffix in PICKLES:
             if self._open_pickle is None:
                 raise SAEFormatError(

@@ -27,20 +27,21 @@ MAX_ARRAYS = 64
 _DTYPES = {"<f8": "F64", "<f4": "F32", "<f2": "F16"}
 
 
-def extracted(path: Path) -> SafetensorsFile:
-    """The arrays of `path` as tensors of a cached file, written first if missing. Raises SAEFormatError.
+def extracted(path: Path) -> tuple[SafetensorsFile, bool]:
+    """(the arrays of `path` as tensors of a cached file, whether it had to be written first). Raises SAEFormatError.
 
     The archive is known again by its inode, size and times, so that opening it a second time does not read it through.
     """
     try:
         key = hashlib.sha256(json.dumps(file_identity(path)).encode()).hexdigest()
         cached = cache_folder() / "npz" / f"{key}.safetensors"
-        if not cached.is_file():
+        is_new = not cached.is_file()
+        if is_new:
             with zipfile.ZipFile(path) as archive, written_whole(cached) as temporary:
                 _copy(archive, path, temporary)
     except (zipfile.BadZipFile, zipfile.LargeZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
         raise SAEFormatError(f"{path}: not a readable npz archive: {error}") from None
-    return SafetensorsFile(cached)
+    return SafetensorsFile(cached), is_new
 
 
 def _copy(archive: zipfile.ZipFile, path: Path, out: Path) -> None:

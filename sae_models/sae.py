@@ -14,9 +14,10 @@ from sae_models.feature_matrix import FeatureMatrix
 from sae_models.folding import IDENTITY, AffineMap
 from sae_models.hook_points import HookPoint
 from sae_models.selection import Selection
+from sae_models.tensor_source import TensorSource
 from sae_models.token_norm import TokenNorm, centred, token_scales
 
-__all__ = ["SAE", "FeatureRows", "SAEFormatError", "Weights"]
+__all__ = ["SAE", "FeatureRows", "SAEFormatError", "SkipMatrix", "Weights"]
 
 FEATURES_AT_ONCE = 2048
 
@@ -37,12 +38,29 @@ class FeatureRows:
 
 
 @dataclass(frozen=True)
+class SkipMatrix:
+    """W_skip of a skip transcoder, left on disk: an edit of a feature has no use for it.
+
+    transposed: it is stored as [d_in, d_out].
+    """
+
+    source: TensorSource
+    name: str
+    transposed: bool = False
+
+    def read(self) -> torch.Tensor:
+        """[d_out, d_in], float32."""
+        stored = self.source.read(self.name).float()
+        return stored.T if self.transposed else stored
+
+
+@dataclass(frozen=True)
 class Weights:
     """What a checkpoint holds, and the maps that turn it into rows on the model's own activations.
 
     W_enc, W_dec: as stored. b_dec: [d_out] float64, in training space. input_map: from the activations (after the token
     norm, if any) to training space, with b_dec or whatever else is subtracted from the input; output_map: back.
-    W_skip: [d_out, d_in] float64, of skip transcoders. router: (W [d_in, groups], b [groups]) float64, on activations.
+    W_skip: of skip transcoders. router: (W [d_in, groups], b [groups]) float64, on activations.
     """
 
     W_enc: FeatureMatrix
@@ -51,7 +69,7 @@ class Weights:
     activation: Activation
     input_map: AffineMap = IDENTITY
     output_map: AffineMap = IDENTITY
-    W_skip: torch.Tensor | None = None
+    W_skip: SkipMatrix | None = None
     router: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
@@ -139,7 +157,7 @@ class SAE:
 
     def skip(self) -> torch.Tensor | None:
         """W_skip [d_out, d_in] float32, of a skip transcoder: its output has x @ W_skip.T in it."""
-        return None if self.weights.W_skip is None else self.weights.W_skip.float()
+        return None if self.weights.W_skip is None else self.weights.W_skip.read()
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Activations [n, d_sae] of tokens x [n, d_in], in x's precision (float32 or float64)."""
@@ -190,5 +208,7 @@ class SAE:
         decoder = weights.output_map.linear(w_dec)
         if activation.rescale_by_decoder_norm:
             norm = decoder.norm(dim=-1)
-            encoder, bias, decoder = encoder * norm.unsqueeze(-1), bias * norm, decoder / norm.unsqueeze(-1)
+            # A row of zeros stays one; its activation is 0.
+            unit = decoder / norm.unsqueeze(-1).clamp(min=torch.finfo(norm.dtype).tiny)
+            encoder, bias, decoder = encoder * norm.unsqueeze(-1), bias * norm, unit
         return centred(encoder, self.token_norm), bias, decoder

@@ -162,11 +162,24 @@ def blocks(source: TensorSource, name: str, block_bytes: int = BLOCK_BYTES) -> I
         yield source.read(name, (slice(start, start + step),))
 
 
+def vector_length(source: TensorSource, name: str) -> int:
+    """The length of a vector, where no configuration says it. Raises SAEFormatError where it is missing or is none."""
+    if name not in source.names():
+        raise SAEFormatError(f"{source.path}: tensor {name} is missing; found: {_found(source)}")
+    shape = source.shape(name)
+    if len(shape) != 1 or shape[0] < 1:
+        raise SAEFormatError(f"{source.path}: {name} has shape {list(shape)}, expected a vector")
+    return shape[0]
+
+
+def _found(source: TensorSource) -> str:
+    return ", ".join(sorted(source.names())) or "none"
+
+
 def check_tensor(source: TensorSource, name: str, shape: tuple[int, ...]) -> None:
     """Raise SAEFormatError where a tensor is missing, has another shape or is not of a float type."""
     if name not in source.names():
-        found = ", ".join(sorted(source.names())) or "none"
-        raise SAEFormatError(f"{source.path}: tensor {name} is missing; found: {found}")
+        raise SAEFormatError(f"{source.path}: tensor {name} is missing; found: {_found(source)}")
     if source.shape(name) != shape:
         raise SAEFormatError(
             f"{source.path}: {name} has shape {list(source.shape(name))}, expected {list(shape)}"

@@ -8,9 +8,22 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from sae_models.families import circuit_tracer, clt, dictionary_learning, mistral_sae, saelens, sparsify, temporal
+from sae_models.families import (
+    circuit_tracer,
+    clt,
+    dictionary_learning,
+    gemma_scope,
+    gemma_scope_2,
+    llama_scope,
+    llamascopium,
+    mistral_sae,
+    saelens,
+    sparsify,
+    temporal,
+)
 
 FAMILIES: tuple[ModuleType, ...] = (
-    saelens, temporal, dictionary_learning, sparsify, clt, circuit_tracer, mistral_sae,
+    saelens, temporal, dictionary_learning, sparsify, clt, circuit_tracer, gemma_scope, gemma_scope_2, llama_scope,
+    llamascopium, mistral_sae,
 )  # fmt: skip
 """In the order in which they are tried: the first that recognises a checkpoint reads it."""

@@ -16,7 +16,7 @@ from sae_models.activation import Activation
 from sae_models.architectures import relu
 from sae_models.checkpoint import Checkpoint
 from sae_models.feature_matrix import FeatureMatrix
-from sae_models.sae import SAE, Weights
+from sae_models.sae import SAE, SkipMatrix, Weights
 from sae_models.selection import Selection
 from sae_models.tensor_source import TensorSource
 
@@ -96,7 +96,7 @@ def load(checkpoint: Checkpoint) -> SAE:
             W_dec=FeatureMatrix(source, "W_dec", 0, sha256),
             b_dec=source.read("b_dec").double(),
             activation=activation(source, "b_enc", THRESHOLD if has_threshold else None, k),
-            W_skip=source.read("W_skip").double() if has_skip else None,
+            W_skip=SkipMatrix(source, "W_skip") if has_skip else None,
         ),
     )
 

@@ -28,7 +28,7 @@ from sae_models.architectures import (
 from sae_models.checkpoint import Checkpoint
 from sae_models.feature_matrix import FeatureMatrix
 from sae_models.folding import IDENTITY, AffineMap, scaled, whitening
-from sae_models.sae import SAE, Weights
+from sae_models.sae import SAE, SkipMatrix, Weights
 from sae_models.tensor_source import TensorSource
 from sae_models.token_norm import TokenNorm
 
@@ -122,7 +122,7 @@ def load(checkpoint: Checkpoint) -> SAE:
             activation=_activation(encoder, config, source, k),
             input_map=input_map.then_subtract(b_dec) if b_dec_read else input_map,
             output_map=output_map,
-            W_skip=source.read("W_skip").double() if has_skip else None,
+            W_skip=SkipMatrix(source, "W_skip") if has_skip else None,
             router=_router(source) if encoder == "switch" else None,
         ),
     )

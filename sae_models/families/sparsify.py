@@ -16,7 +16,7 @@ from sae_models.architectures import abstopk, groupmax, topk
 from sae_models.checkpoint import Checkpoint
 from sae_models.feature_matrix import FeatureMatrix
 from sae_models.folding import IDENTITY
-from sae_models.sae import SAE, Weights
+from sae_models.sae import SAE, SkipMatrix, Weights
 from sae_models.tensor_source import TensorSource
 
 NAME = "sparsify"
@@ -73,7 +73,7 @@ def load(checkpoint: Checkpoint) -> SAE:
             b_dec=b_dec,
             activation=_activation(encoder, source, k),
             input_map=IDENTITY if transcode else IDENTITY.then_subtract(b_dec),
-            W_skip=source.read("W_skip").double() if has_skip else None,
+            W_skip=SkipMatrix(source, "W_skip") if has_skip else None,
         ),
     )
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from safetensors import safe_open
@@ -56,6 +57,9 @@ def _contents(path: Path) -> Any:
         tensors = read(path)[1]
     elif path.suffix in {".pt", ".pth"}:
         tensors = torch.load(path, weights_only=True)
+    elif path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as archive:
+            tensors = {name: torch.from_numpy(archive[name]) for name in archive.files}
     else:
         # JSON is YAML as well.
         return yaml.safe_load(path.read_text())
