@@ -17,6 +17,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "steer-server"
 
 
+def file_identity(path: Path) -> tuple[str, int, int, int, int]:
+    """What stays the same only as long as a file does: path, inode, bytes, times of its last changes in ns."""
+    resolved, stat = path.resolve(), path.stat()
+    return str(resolved), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A new file's path to write to, which becomes `path` at the end, or nothing at all where the writer fails.

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from sae_models.cache import cache_folder, written_whole
+from sae_models.cache import cache_folder, file_identity, written_whole
 from sae_models.errors import SAEFormatError
 from sae_models.hook_points import HookPoint
 from sae_models.npz import extracted
@@ -230,9 +230,8 @@ class Checkpoint:
 
 def _memory(configs: str, options: Mapping[str, object], files: Sequence[tuple[Path, list[str]]]) -> Path | None:
     """The file that remembers the checksum of these files as they are now; None where reading them costs little."""
-    stats = [(path.resolve(), names, path.stat()) for path, names in files]
-    if sum(stat.st_size for _, _, stat in stats) < REMEMBERED_BYTES:
+    if sum(path.stat().st_size for path, _ in files) < REMEMBERED_BYTES:
         return None
-    seen = [(str(path), names, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, names, s in stats]
+    seen = [(file_identity(path), names) for path, names in files]
     key = hashlib.sha256(json.dumps([configs, sorted(options.items()), seen]).encode()).hexdigest()
     return cache_folder() / "checked" / key

@@ -15,7 +15,7 @@ from typing import IO
 
 import numpy as np
 
-from sae_models.cache import cache_folder, written_whole
+from sae_models.cache import cache_folder, file_identity, written_whole
 from sae_models.errors import SAEFormatError
 from sae_models.tensor_source import SafetensorsFile
 
@@ -28,13 +28,13 @@ _DTYPES = {"<f8": "F64", "<f4": "F32", "<f2": "F16"}
 
 
 def extracted(path: Path) -> tuple[SafetensorsFile, bool]:
-    """(the arrays of `path` as tensors of a cached file, whether it had to be written first). Raises SAEFormatError."""
+    """(the arrays of `path` as tensors of a cached file, whether it had to be written first). Raises SAEFormatError.
+
+    The archive is known again by its inode, size and times, so that opening it a second time does not read it through.
+    """
     try:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
-        cached = cache_folder() / "npz" / f"{digest.hexdigest()}.safetensors"
+        key = hashlib.sha256(json.dumps(file_identity(path)).encode()).hexdigest()
+        cached = cache_folder() / "npz" / f"{key}.safetensors"
         is_new = not cached.is_file()
         if is_new:
             with zipfile.ZipFile(path) as archive, written_whole(cached) as temporary:

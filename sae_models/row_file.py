@@ -15,7 +15,7 @@ from sae_models.cache import cache_folder, written_whole
 from sae_models.tensor_source import SafetensorsFile
 
 NAME = "rows"
-COLUMNS_AT_ONCE = 2048
+BLOCK_BYTES = 1 << 23
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -41,6 +41,7 @@ def _transpose(source: SafetensorsFile, name: str, out: Path) -> None:
     header += b" " * (-len(header) % 8)
     with out.open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
-        for start in range(0, count, COLUMNS_AT_ONCE):
-            block = source.reopened().read(name, (slice(None), slice(start, start + COLUMNS_AT_ONCE)))
+        step = max(1, BLOCK_BYTES // (width * dtype.itemsize))
+        for start in range(0, count, step):
+            block = source.read(name, (slice(None), slice(start, start + step)))
             file.write(block.T.contiguous().view(torch.uint8).numpy().data)

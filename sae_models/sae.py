@@ -168,12 +168,12 @@ class SAE:
 
     def activate(self, pre_acts: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Activations [n, d_sae] from pre-activations [n, d_sae] of tokens x [n, d_in]."""
-        acts = torch.where(pre_acts > self.thresholds().to(x), pre_acts, 0.0)
+        acts = torch.where(pre_acts > self.weights.activation.threshold.to(x), pre_acts, 0.0)
         if self.selection is None:
             return acts
         acts = torch.where(self.selection.keep(pre_acts), acts, 0.0)
-        if self.selection.routed:
-            W, b = (tensor.to(x) for tensor in self.router())
+        if self.weights.router is not None:
+            W, b = (tensor.to(x) for tensor in self.weights.router)
             weights = self.selection.route(x @ W + b)
             acts = acts * weights.repeat_interleave(self.d_sae // self.selection.groups, dim=-1)
         return acts

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
-from collections.abc import Iterator, Mapping
-from functools import cached_property
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -15,9 +19,12 @@ from sae_models.errors import SAEFormatError
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-BLOCK_BYTES = 1 << 24
+_INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+BLOCK_BYTES = 1 << 23
 
-Index = tuple[slice | int, ...]
+Index = tuple[slice, ...]
+"""For the first axes of a tensor, the positions that are wanted; without steps."""
+
 Value = str | int | float | None
 
 
@@ -40,48 +47,90 @@ class TensorSource(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class _Placed:
+    """dtype: as the file calls it. start: the tensor's first byte in the file."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    start: int
+
+
 class SafetensorsFile:
-    """Tensors of one safetensors file. Raises SAEFormatError where it is none."""
+    """Tensors of one safetensors file. Raises SAEFormatError where it is none.
+
+    What is asked for is read, not mapped: pages of a mapping count as memory of the process, also those around a row
+    that the kernel maps in addition.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._header = self._read_header()
-
-    @cached_property
-    def _file(self) -> safe_open:
         try:
-            return safe_open(self.path, framework="pt")
+            # Kept open: a file that is replaced later is still the one whose header was read.
+            self._file = path.open("rb", buffering=0)
+            self._header = self._read_header()
         except (SafetensorError, OSError) as error:
-            raise SAEFormatError(f"{self.path}: not a readable safetensors file: {error}") from None
+            raise SAEFormatError(f"{path}: not a readable safetensors file: {error}") from None
 
-    def _read_header(self) -> dict[str, tuple[tuple[int, ...], torch.dtype | str]]:
+    def _read_header(self) -> dict[str, _Placed]:
         header = {}
-        for name in self._file.keys():  # noqa: SIM118
-            view = self._file.get_slice(name)
-            dtype = view.get_dtype()
-            header[name] = (tuple(view.get_shape()), _DTYPES.get(dtype, dtype))
+        with safe_open(self.path, framework="pt") as checked:
+            (length,) = struct.unpack("<Q", self._file.read(8))
+            described = json.loads(self._file.read(length))
+            for name in checked.keys():  # noqa: SIM118
+                view = checked.get_slice(name)
+                start = 8 + length + described[name]["data_offsets"][0]
+                header[name] = _Placed(tuple(view.get_shape()), view.get_dtype(), start)
         return header
 
     def names(self) -> frozenset[str]:
         return frozenset(self._header)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._header[name][0]
+        return self._header[name].shape
 
     def dtype(self, name: str) -> torch.dtype | str:
-        return self._header[name][1]
+        called = self._header[name].dtype
+        return _DTYPES.get(called, called)
 
     def read(self, name: str, index: Index = ()) -> torch.Tensor:
+        placed = self._header[name]
+        dtype = _DTYPES.get(placed.dtype) or _INTEGERS.get(placed.dtype)
+        if dtype is None:
+            raise SAEFormatError(f"{self.path}: {name} has dtype {placed.dtype}, which is not supported")
+        ranges = [range(size) for size in placed.shape]
+        ranges[: len(index)] = [part[wanted] for part, wanted in zip(ranges, index, strict=False)]
+        out = torch.empty([len(part) for part in ranges], dtype=dtype)
+        buffer = memoryview(out.reshape(-1).view(torch.uint8).numpy()) if out.numel() else memoryview(b"")
+        done = 0
         try:
-            if not index:
-                return self._file.get_tensor(name)
-            return self._file.get_slice(name)[index]
-        except (SafetensorError, OSError) as error:
+            for start, nbytes in _runs(placed.shape, ranges, dtype.itemsize):
+                self._fill(buffer[done : done + nbytes], placed.start + start)
+                done += nbytes
+        except OSError as error:
             raise SAEFormatError(f"{self.path}: {name} cannot be read: {error}") from None
+        return out
 
-    def reopened(self) -> SafetensorsFile:
-        """The same file through a mapping of its own, whose pages leave memory with it."""
-        return SafetensorsFile(self.path)
+    def _fill(self, buffer: memoryview, offset: int) -> None:
+        while buffer:
+            read = os.preadv(self._file.fileno(), [buffer], offset)
+            if not read:
+                raise SAEFormatError(f"{self.path} ends early: it was changed while it was open")
+            buffer, offset = buffer[read:], offset + read
+
+
+def _runs(shape: tuple[int, ...], ranges: Sequence[range], itemsize: int) -> Iterator[tuple[int, int]]:
+    """(first byte, bytes) of each contiguous piece of a row-major array of `shape` that lies in `ranges`."""
+    if not shape:
+        yield 0, itemsize
+        return
+    strides = [itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    # Axes behind the last one that is not wanted whole belong to the piece.
+    last = max((axis for axis, part in enumerate(ranges) if len(part) < shape[axis]), default=0)
+    nbytes = len(ranges[last]) * strides[last]
+    if nbytes:
+        for outer in itertools.product(*ranges[:last]):
+            yield sum(i * stride for i, stride in zip((*outer, ranges[last].start), strides, strict=False)), nbytes
 
 
 class LoadedTensors:
@@ -132,8 +181,7 @@ def blocks(source: TensorSource, name: str, block_bytes: int = BLOCK_BYTES) -> I
         return
     step = max(1, block_bytes // (8 * max(1, math.prod(shape[1:]))))
     for start in range(0, shape[0], step):
-        part = source.reopened() if isinstance(source, SafetensorsFile) else source
-        yield part.read(name, (slice(start, start + step),))
+        yield source.read(name, (slice(start, start + step),))
 
 
 def vector_length(source: TensorSource, name: str) -> int:
@@ -167,5 +215,6 @@ def check_tensor(source: TensorSource, name: str, shape: tuple[int, ...]) -> Non
 def check_finite(source: TensorSource, name: str) -> None:
     """Raise SAEFormatError where a tensor holds NaN or an infinity."""
     for block in blocks(source, name):
-        if not torch.isfinite(block).all():
+        # A block's extremes are NaN where one of its values is, and many times faster than a look at each.
+        if block.numel() and not all(torch.isfinite(extreme) for extreme in torch.aminmax(block)):
             raise SAEFormatError(f"{source.path}: {name} holds values that are not finite")

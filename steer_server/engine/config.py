@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sae_models import HookPoint
 from sae_models.pretrained import pretrained_for
-from steer_server.catalog import open_catalog
+from steer_server.catalog import open_catalog, resolve_location
 from steer_server.plan import Limits
 
 DEFAULT_MAX_EDITS = 32
@@ -36,7 +35,7 @@ class SteeringOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     layers: list[int] | None = Field(None, description="Decoder layers to arm, from 0. Default: all.")
-    saes: dict[str, str] = Field({}, description="Folder of an SAE by the name that requests use.")
+    saes: dict[str, str] = Field({}, description="Where an SAE is, by the name that requests use: PATH[?OPTIONS].")
     pretrained: bool = Field(True, description="Load the shipped SAEs that were trained on this model.")
     rows: int | None = Field(None, ge=1, description="Capacity of the row bank. Default: enough for every batch.")
     max_edits: int | None = Field(None, ge=1, le=1 << 20, description="Edit rows that one request may use.")
@@ -60,8 +59,8 @@ class SteeringConfig:
 
     layers: decoder layers whose outputs are armed. sites: the armed hook points, in TransformerLens' spelling: those
     outputs and what else the SAEs need. A site's number is its place here.
-    saes: (name, folder). rows: capacity of the row bank. budget: rows that one front end may have admitted at a time;
-    None where the bank holds every batch that vLLM can schedule, so nothing needs counting.
+    saes: (name, local path with its options). rows: capacity of the row bank. budget: rows that one front end may have
+    admitted at a time; None where the bank holds every batch that vLLM can schedule, so nothing needs counting.
     """
 
     layers: tuple[int, ...]
@@ -121,7 +120,7 @@ def resolve_config(options: SteeringOptions, model: ModelFacts) -> SteeringConfi
             f"steering rows {rows}: one request may need {max_edits * ROWS_PER_EDIT} (max_edits {max_edits} x "
             f"{ROWS_PER_EDIT}) in each of {model.frontends} API server(s); give at least {needed}"
         )
-    saes = {name: str(Path(path).expanduser().resolve()) for name, path in options.saes.items()}
+    saes = {name: resolve_location(location) for name, location in options.saes.items()}
     if options.pretrained:
         for sae in pretrained_for(model.name):
             if sae.d_in == model.d_model and all(point.layer in layers for point in sae.hook_points):

@@ -74,7 +74,7 @@ def inspect(sae: SaeArgument, as_json: JsonOption = False) -> None:
 @app.command()
 def convert(
     source: Annotated[
-        str, typer.Argument(metavar="IN", help="The folder or file of an SAE of any family, as PATH[?OPTIONS].")
+        str, typer.Argument(metavar="IN", help="A folder, file or hub id of an SAE of any family, as PATH[?OPTIONS].")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make, in SAELens' format.")],
     hook: Annotated[
@@ -94,7 +94,9 @@ def convert(
 
     A process of its own reads IN, tensors only, and runs nothing that is in it. OUT appears whole or not at all.
     """
-    from sae_models import LoadOptions, SAEFormatError
+    from sae_models import SAEFormatError
+    from sae_models.options import split_location
+    from steer_server.catalog import CatalogError, resolve_location
     from steer_server.sae.convert import DTYPES, ConvertError
     from steer_server.sae.convert import convert as convert_checkpoint
     from steer_server.sae.describe import serve_command
@@ -107,18 +109,18 @@ def convert(
     if dtype not in DTYPES:
         _fail(f"--dtype {dtype} is not supported; supported: {', '.join(DTYPES)}")
     try:
-        name, _, query = os.path.expanduser(source).partition("?")  # noqa: PTH111 (a Path would take options apart)
-        options = LoadOptions.parse("&".join(part for part in (query, urlencode(flags)) if part))
+        location = f"{source}{'&' if '?' in source else '?'}{urlencode(flags)}" if flags else source
+        path, options = split_location(resolve_location(location, pickles=True))
         with Progress(console=console, transient=True) as bars:
             task = bars.add_task("writing features", total=None)
             converted = convert_checkpoint(
-                Path(name),
+                Path(path),
                 out,
                 options,
                 dtype,
                 lambda done, of: bars.update(task, completed=done, total=of),
             )
-    except (SAEFormatError, ConvertError) as error:
+    except (CatalogError, SAEFormatError, ConvertError) as error:
         _fail(str(error))
     loaded = converted.sae
     text = Console(highlight=False, markup=False, soft_wrap=True)
