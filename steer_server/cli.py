@@ -179,7 +179,8 @@ def batch(
         options={"vllm": commands.deciding_flags(flags), "steering": deciding},
         result_stream=commands.protected_stdout(),
     )
-    raise typer.Exit(commands.run(settings, command, server, log_format, quiet))
+    report = commands.report_for(log_format, quiet)
+    raise typer.Exit(commands.run(settings, commands.engine_for(command, server, in_flight), report))
 
 
 @app.command(context_settings=PASS_THROUGH)

@@ -61,17 +61,13 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def run(
-    settings: Settings, arguments: list[str], server: str | None, log_format: Literal["bar", "json"], quiet: bool
-) -> int:
-    """The exit status: 0, 2 where rows failed. Prints why a job could not run, and gives 1.
+def engine_for(arguments: list[str], server: str | None, in_flight: int | None) -> AbstractAsyncContextManager[Engine]:
+    """arguments: of `vllm serve`, for an engine in this process. server: the URL of a running one, used instead."""
+    return local_engine(arguments) if server is None else server_engine(server, in_flight)
 
-    arguments: of `vllm serve`, for an engine in this process; not used with `server`, the URL of a running one.
-    """
-    report = _report(log_format, quiet)
-    engine: AbstractAsyncContextManager[Engine] = (
-        local_engine(arguments) if server is None else server_engine(server, settings.in_flight)
-    )
+
+def run(settings: Settings, engine: AbstractAsyncContextManager[Engine], report: Report) -> int:
+    """The exit status: 0, 2 where rows failed, 1 where the job could not run to its end; the report then says why."""
     try:
         summary = asyncio.run(_interruptible(settings, engine, report))
     except (JobError, SourceError, RowFileError, InputChangedError, EngineStoppedError) as failure:
@@ -95,7 +91,7 @@ async def _interruptible(settings: Settings, engine: AbstractAsyncContextManager
     return await run_job(settings, engine, report)
 
 
-def _report(log_format: Literal["bar", "json"], quiet: bool) -> Report:
+def report_for(log_format: Literal["bar", "json"], quiet: bool) -> Report:
     if quiet:
         return QuietReport()
     if log_format == "json":
