@@ -19,6 +19,9 @@ MAX_GROUP = 1024
 """Result lines that may wait for the disk."""
 
 BUSY = (429, 503)
+ABORTED = (b'"finish_reason":"abort"', b'"status":"cancelled"')
+"""In an answer that a server gave up, as one that shuts down does. In JSON strings these quotes would be escaped."""
+
 PATIENCE = 600.0
 """Seconds for which a row is asked again where the server has no room for it."""
 
@@ -112,11 +115,12 @@ async def _write(results: asyncio.Queue[Result], output: Output, finished: Calla
 
 
 async def answer_patiently(answer: AnswerRow, row: Request) -> Answer:
-    """Ask again where there was no room: of that a batch has time to wait."""
+    """Ask again where there was no room or the answer was given up: a batch has time to wait."""
     waited, pause = 0.0, 0.25
     while True:
         answered = await answer(row)
-        if answered.status not in BUSY or waited >= PATIENCE:
+        again = answered.status in BUSY or any(mark in answered.body for mark in ABORTED)
+        if not again or waited >= PATIENCE:
             return answered
         pause = min(answered.retry_after or 2 * pause, 30.0)
         await asyncio.sleep(pause)

@@ -242,17 +242,22 @@ def test_killed_at_25_random_instants(source, tmp_path, name):
     rng = random.Random(name)
     output = tmp_path / name
     rows = tmp_path / f"{name}.rows.jsonl" if name.endswith("parquet") else output
-    kills, sizes = 0, set()
+    kills, sizes = 0, []
     while True:
+        begun = rows.stat().st_size if rows.exists() else 0
         process = subprocess.Popen(command(source, output, "--resume", "--delay", "0.15", "--quiet"))
         try:
-            # Half a second for starting, half a second for rows.
-            process.wait(rng.uniform(0.2, 1.0) if kills < 25 else 60)
+            # Some while it starts and reads what is there, most soon after it has written its first rows.
+            if kills % 5 == 0:
+                process.wait(rng.uniform(0.0, 0.7))
+            while kills < 25 and process.poll() is None and (rows.stat().st_size if rows.exists() else 0) <= begun:
+                time.sleep(0.002)
+            process.wait(rng.uniform(0.0, 0.3) if kills < 25 else 60)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills += 1
-            sizes.add(rows.stat().st_size if rows.exists() else 0)
+            sizes.append(rows.stat().st_size if rows.exists() else 0)
             continue
         assert process.returncode == 2
         if kills >= 25:
@@ -260,7 +265,7 @@ def test_killed_at_25_random_instants(source, tmp_path, name):
         # Finished before the instant came: the next kill hits a job that begins again.
         for path in (output, job_path(output), rows):
             path.unlink(missing_ok=True)
-    assert len(sizes) > 5, "the kills hit nothing"
+    assert sum(0 < size < rows.stat().st_size for size in sizes) > 5, "the kills hit nothing"
     assert_complete(results(rows))
     if name.endswith("parquet"):
         assert pq.read_metadata(output).num_rows == COUNT

@@ -138,11 +138,14 @@ async def test_what_ends_a_job_loses_nothing_that_was_answered(kind):
     assert len({result.number for result in finished}) == len(finished)
 
 
+ABORTED = Answer(200, b'{"choices":[{"finish_reason":"abort"}]}', 0.01)
+
+
 async def test_busy_servers_are_asked_again():
-    replies = [Answer(429, b"", 0.01), Answer(503, b"", 0.01), Answer(200, b"{}")]
+    replies = [Answer(429, b"", 0.01), Answer(503, b"", 0.01), ABORTED, Answer(200, b"{}")]
 
     async def answer(row):
         return replies.pop(0)
 
-    assert (await answer_patiently(answer, request(1))).status == 200
+    assert await answer_patiently(answer, request(1)) == Answer(200, b"{}")
     assert replies == []
