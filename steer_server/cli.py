@@ -131,6 +131,14 @@ def batch(
     server: Annotated[
         str | None, typer.Option(metavar="URL", help="Let a running Steer Server answer instead of an engine here.")
     ] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Run the job on Ray Data; needs steer-server[ray] on every machine.")
+    ] = False,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(metavar="ADDR", help="Of the Ray cluster. Default: the one of this machine, or a new one."),
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="With --ray: engines at a time.")] = 1,
     in_flight: Annotated[
         int | None,
         typer.Option(min=1, help="Rows being answered at a time. Default: twice --max-num-seqs, 64 with --server."),
@@ -157,6 +165,8 @@ def batch(
         parsed_sweep = parse_sweep(sweep or [])
     except SweepError as error:
         raise typer.BadParameter(str(error), param_hint="--sweep") from None
+    if ray and server is not None:
+        raise typer.BadParameter("the server brings its own engines", param_hint="--ray")
     model, flags = _split_model(arguments or [])
     options = steering_options(sae, pretrained_saes, steering_layers, steering_rows, steering_max_edits)
     command: list[str] = []
@@ -179,8 +189,13 @@ def batch(
         options={"vllm": commands.deciding_flags(flags), "steering": deciding},
         result_stream=commands.protected_stdout(),
     )
+    cluster = None
+    if ray:
+        from steer_server.batch.cluster import Cluster, gpus_per_replica
+
+        cluster = Cluster(ray_address, concurrency, gpus_per_replica(flags) if _has_gpu() else 0)
     report = commands.report_for(log_format, quiet)
-    raise typer.Exit(commands.run(settings, commands.engine_for(command, server, in_flight), report))
+    raise typer.Exit(commands.run(commands.job_for(settings, command, server, cluster, report), report))
 
 
 @app.command(context_settings=PASS_THROUGH)

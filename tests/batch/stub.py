@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from steer_server.batch.commands import report_for, run
-from steer_server.batch.local_job import Settings
+from steer_server.batch.local_job import Settings, run_job
 from steer_server.batch.rows import Answer
 from steer_server.batch.sweep import parse_sweep
 
@@ -71,7 +71,8 @@ def main():
     source, output = map(Path, sys.argv[1:3])
     delay = float(sys.argv[sys.argv.index("--delay") + 1]) if "--delay" in sys.argv else 0.0
     job = settings(source, output, resume="--resume" in sys.argv)
-    sys.exit(run(job, entered(StubEngine(delay)), report_for("json", "--quiet" in sys.argv)))
+    report = report_for("json", "--quiet" in sys.argv)
+    sys.exit(run(run_job(job, entered(StubEngine(delay)), report), report))
 
 
 if __name__ == "__main__":

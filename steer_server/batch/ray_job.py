@@ -1,0 +1,206 @@
+"""A job on a Ray cluster: Ray Data spreads the rows over engines, and keeps their results and what is finished."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from steer_server.batch.cluster import Cluster
+from steer_server.batch.identifiers import RowSet
+from steer_server.batch.job import Job, JobError, new_job, save_job
+from steer_server.batch.local_job import OutputFiles, Settings, finished_rows, job_facts, resumed_job, write_parquet
+from steer_server.batch.ray_replica import Replica, agree_on
+from steer_server.batch.read_rows import read_rows
+from steer_server.batch.reports import Report
+from steer_server.batch.row_file import RowFile, sync_folder
+from steer_server.batch.rows import Refused, Result, refused_result
+from steer_server.batch.sources import FileSource
+from steer_server.batch.summary import Summary
+
+ROWS_PER_FILE = 256
+FILES_PER_REPLICA = 8
+"""Of the input as Ray reads it: at most so many rows a file, and in small jobs at least so many files for a replica. A
+worker that dies repeats at most the files that it was at."""
+
+ROWS_PER_CALL = 64
+CALLS = 4
+"""Calls at a time to one replica: it has CALLS x ROWS_PER_CALL rows in flight."""
+
+INPUT_SCHEMA = pa.schema(
+    [("number", pa.int64()), ("custom_id", pa.string()), ("url", pa.string()), ("body", pa.binary())]
+)
+INHERITED = ("VLLM_", "STEER_SERVER_", "HF_", "OMP_")
+"""Environment that workers take over from the command, by prefix."""
+
+
+class WorkFolder:
+    """Beside the output, on a file system that every worker sees: Ray's input, its results, its checkpoint."""
+
+    def __init__(self, output: Path, job: Job) -> None:
+        self._all = output.with_name(f"{output.name}.ray").absolute()
+        self.path = self._all / job.identifier
+        self.input = self.path / "input"
+        self.parts = self.path / "parts"
+        self.checkpoint = self.path / "checkpoint"
+        self.facts = self.path / "engine.json"
+
+    @property
+    def begun(self) -> bool:
+        """Whether the input was written to its end."""
+        return self.input.is_dir()
+
+    def remove(self) -> None:
+        shutil.rmtree(self._all, ignore_errors=True)
+
+    def write_input(self, groups: Iterator[list[Any]], rows_per_file: int) -> Iterator[Refused]:
+        """Write rows for Ray to read, at once or not at all; yields those that no engine needs to see."""
+        self.remove()
+        aside = self.path / "input.new"
+        aside.mkdir(parents=True)
+        rows = itertools.chain.from_iterable(groups)
+        for index in itertools.count():
+            taken = list(itertools.islice(rows, rows_per_file))
+            if not taken:
+                break
+            yield from (row for row in taken if isinstance(row, Refused))
+            asked = [
+                {"number": row.number, "custom_id": row.custom_id, "url": row.url, "body": row.body}
+                for row in taken
+                if not isinstance(row, Refused)
+            ]
+            if asked:
+                table = pa.Table.from_pylist(asked, INPUT_SCHEMA)
+                pyarrow.parquet.write_table(table, aside / f"{index:08d}.parquet")
+        aside.rename(self.input)
+        sync_folder(self.path)
+
+    def results(self) -> Iterator[Result]:
+        """Of every part that is whole. A row may come twice, where a worker died between a part and its checkpoint."""
+        for path in sorted(self.parts.rglob("*.parquet")) if self.parts.is_dir() else ():
+            try:
+                file = pyarrow.parquet.ParquetFile(path)
+            except pa.ArrowInvalid:
+                # Torn: its rows are in no checkpoint and were answered again.
+                continue
+            for batch in file.iter_batches(ROWS_PER_FILE):
+                for row in batch.to_pylist():
+                    yield Result(**{name: row[name] for name in Result.__dataclass_fields__})
+
+
+async def run_ray_job(settings: Settings, arguments: list[str], cluster: Cluster, report: Report) -> Summary:
+    """Run it to its end. Raises as `run_job` does, and what Ray raises."""
+    if settings.source is None or settings.output is None:
+        raise JobError("a job on Ray goes from a file into a file")
+    files = OutputFiles(settings.output)
+    if not settings.resume:
+        files.check_new()
+    source = await asyncio.to_thread(FileSource, settings.source)
+    facts = job_facts(settings, source)
+    created = not files.rows.exists()
+    with RowFile(files.rows, files.format == "gzip") as rows_file:
+        try:
+            # Ray's results are not in the output before the end, so the job may have begun while that is empty.
+            begun = not rows_file.empty or (settings.resume and files.job.exists())
+            job = resumed_job(files, facts, begun)
+            if job is None:
+                job = new_job(facts)
+                save_job(files.job, job)
+            work = WorkFolder(settings.output, job)
+            if settings.retry_errors and work.begun:
+                finished, _ = finished_rows(rows_file, job, retry_errors=False)
+                await asyncio.to_thread(_merge, work, rows_file, finished, Summary())
+                work.remove()
+            finished, summary = finished_rows(rows_file, job, settings.retry_errors)
+            report.started(source.total * settings.sweep.count, summary)
+            if not work.begun:
+                rows = read_rows(source.lines(), finished, settings.sweep)
+                share = source.total * settings.sweep.count // (cluster.replicas * FILES_PER_REPLICA)
+                refused = work.write_input(rows, max(1, min(share, ROWS_PER_FILE)))
+                await asyncio.to_thread(_keep_refused, job, refused, rows_file, finished, summary)
+            if "engine" in job.facts:
+                agree_on(work.facts, job.facts["engine"])
+            summary.start()
+            report.stage("answering on Ray")
+            await asyncio.to_thread(_answer_on_ray, work, job, arguments, cluster)
+            await asyncio.to_thread(_merge, work, rows_file, finished, summary)
+            report.advanced()
+            if "engine" not in job.facts and work.facts.exists():
+                save_job(files.job, Job(job.identifier, job.facts | {"engine": json.loads(work.facts.read_text())}))
+            summary.stop()
+            work.remove()
+        except BaseException:
+            if created and rows_file.empty:
+                files.rows.unlink()
+            raise
+        if files.format == "parquet":
+            await asyncio.to_thread(write_parquet, files, rows_file, job, settings.sweep)
+    return summary
+
+
+def _keep_refused(job: Job, rows: Iterator[Refused], rows_file: RowFile, finished: RowSet, summary: Summary) -> None:
+    for row in rows:
+        result = refused_result(job.identifier, row)
+        rows_file.append(result.line)
+        finished.add(result.number)
+        summary.add(result)
+
+
+def _answer_on_ray(work: WorkFolder, job: Job, arguments: list[str], cluster: Cluster) -> None:
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+    from ray.data.checkpoint import CheckpointConfig
+
+    if not any(work.input.iterdir()):
+        return
+    environment = {name: value for name, value in os.environ.items() if name.startswith(INHERITED)}
+    ray.init(address=cluster.address, ignore_reinit_error=True, log_to_driver=False)
+    try:
+        context = DataContext.get_current()
+        context.checkpoint_config = CheckpointConfig(
+            id_column="number", checkpoint_path=str(work.checkpoint), delete_checkpoint_on_success=False
+        )
+        rows = ray.data.read_parquet(str(work.input), override_num_blocks=len(list(work.input.iterdir())))
+        answered = rows.map_batches(
+            Replica,
+            fn_constructor_kwargs={
+                "arguments": arguments,
+                "environment": environment,
+                "job": job.identifier,
+                "facts": str(work.facts),
+            },
+            batch_size=ROWS_PER_CALL,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=cluster.replicas, max_tasks_in_flight_per_actor=2 * CALLS),
+            num_cpus=1,
+            num_gpus=cluster.gpus,
+            max_concurrency=CALLS,
+            runtime_env={"env_vars": environment},
+        )
+        answered.write_parquet(str(work.parts))
+    finally:
+        ray.shutdown()
+
+
+def _merge(work: WorkFolder, rows_file: RowFile, finished: RowSet, summary: Summary) -> None:
+    """Append what Ray has answered and the output does not hold yet."""
+    group: list[bytes] = []
+    for result in work.results():
+        if result.number in finished:
+            continue
+        finished.add(result.number)
+        summary.add(result)
+        group.append(result.line)
+        if len(group) == ROWS_PER_FILE:
+            rows_file.append(b"".join(group))
+            group = []
+    if group:
+        rows_file.append(b"".join(group))
