@@ -99,12 +99,11 @@ class BatchService:
             return
         with RowFile(self.store.rows_path(identifier), compressed=False) as rows_file:
             finished, counts = await asyncio.to_thread(_finished, rows_file, identifier)
-            self.store.update_batch(
-                identifier, ("validating",), status="in_progress", in_progress_at=batch["in_progress_at"] or now()
-            )
+            batch = self.store.update_batch(identifier, ("validating",), status="in_progress", in_progress_at=now())
             rows = read_rows(source.lines(), finished, urls=(batch["endpoint"],))
             try:
-                await self._answer(identifier, rows, rows_file, source.total, counts)
+                if batch["status"] == "in_progress":
+                    await self._answer(identifier, rows, rows_file, source.total, counts)
             except (SourceError, InputChangedError) as error:
                 self._fail(identifier, "invalid_input_file", str(error), "input_file_id")
                 return
