@@ -162,16 +162,16 @@ async def test_an_input_that_is_gone(store):
 
 
 def test_files_expire(store):
-    file = uploaded(store, ["x"], expires_at=now() + 1)
+    file = uploaded(store, ["x"], expires_at=now() + 2)
     path = store.file_path(file)
     assert store.file(file)["bytes"] == 2
-    time.sleep(1.1)
+    time.sleep(2.1)
     assert store.files(None, None, 10, "desc") == []
     with pytest.raises(NotStoredError):
         store.file(file)
     assert not path.exists()
-    other = uploaded(store, ["x"], expires_at=now() + 1)
-    time.sleep(1.1)
+    other = uploaded(store, ["x"], expires_at=now() + 2)
+    time.sleep(2.1)
     store.delete_expired()
     assert not store.file_path(other).exists()
     assert store.stored_bytes() == 0
