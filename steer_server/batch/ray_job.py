@@ -35,6 +35,9 @@ ROWS_PER_CALL = 64
 CALLS = 4
 """Calls at a time to one replica: it has CALLS x ROWS_PER_CALL rows in flight."""
 
+CPUS_PER_REPLICA = 0.5
+"""As Ray counts them: tasks that read and write need some too, or nothing ever begins on a machine of few processors."""
+
 INPUT_SCHEMA = pa.schema(
     [("number", pa.int64()), ("custom_id", pa.string()), ("url", pa.string()), ("body", pa.binary())]
 )
@@ -180,7 +183,8 @@ def _answer_on_ray(work: WorkFolder, job: Job, arguments: list[str], cluster: Cl
             batch_size=ROWS_PER_CALL,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=cluster.replicas, max_tasks_in_flight_per_actor=2 * CALLS),
-            num_cpus=1,
+            num_cpus=CPUS_PER_REPLICA,
+            scheduling_strategy="SPREAD",
             num_gpus=cluster.gpus,
             max_concurrency=CALLS,
             runtime_env={"env_vars": environment},
