@@ -26,17 +26,17 @@ from steer_server.batch.rows import Refused, Result, refused_result
 from steer_server.batch.sources import FileSource
 from steer_server.batch.summary import Summary
 
-ROWS_PER_FILE = 256
-FILES_PER_REPLICA = 8
-"""Of the input as Ray reads it: at most so many rows a file, and in small jobs at least so many files for a replica. A
-worker that dies repeats at most the files that it was at."""
+ROWS_PER_FILE = 1024
+ROWS_PER_BLOCK = 64
+BLOCKS_PER_REPLICA = 8
+"""At most so many rows a block, and in small jobs at least so many blocks for a replica. A worker that dies repeats the
+blocks that it was at."""
 
-ROWS_PER_CALL = 64
-CALLS = 4
-"""Calls at a time to one replica: it has CALLS x ROWS_PER_CALL rows in flight."""
+CALLS = 8
+"""Blocks that a replica is at, at a time."""
 
 CPUS_PER_REPLICA = 0.5
-"""As Ray counts them: tasks that read and write need some too, or nothing ever begins on a machine of few processors."""
+"""As Ray counts them. Tasks that read and write need some too, or nothing begins on a machine of few processors."""
 
 INPUT_SCHEMA = pa.schema(
     [("number", pa.int64()), ("custom_id", pa.string()), ("url", pa.string()), ("body", pa.binary())]
@@ -64,14 +64,14 @@ class WorkFolder:
     def remove(self) -> None:
         shutil.rmtree(self._all, ignore_errors=True)
 
-    def write_input(self, groups: Iterator[list[Any]], rows_per_file: int) -> Iterator[Refused]:
+    def write_input(self, groups: Iterator[list[Any]]) -> Iterator[Refused]:
         """Write rows for Ray to read, at once or not at all; yields those that no engine needs to see."""
         self.remove()
         aside = self.path / "input.new"
         aside.mkdir(parents=True)
         rows = itertools.chain.from_iterable(groups)
         for index in itertools.count():
-            taken = list(itertools.islice(rows, rows_per_file))
+            taken = list(itertools.islice(rows, ROWS_PER_FILE))
             if not taken:
                 break
             yield from (row for row in taken if isinstance(row, Refused))
@@ -124,22 +124,30 @@ async def run_ray_job(settings: Settings, arguments: list[str], cluster: Cluster
                 work.remove()
             finished, summary = finished_rows(rows_file, job, settings.retry_errors)
             report.started(source.total * settings.sweep.count, summary)
-            if not work.begun:
-                rows = read_rows(source.lines(), finished, settings.sweep)
-                share = source.total * settings.sweep.count // (cluster.replicas * FILES_PER_REPLICA)
-                refused = work.write_input(rows, max(1, min(share, ROWS_PER_FILE)))
-                await asyncio.to_thread(_keep_refused, job, refused, rows_file, finished, summary)
-            if "engine" in job.facts:
-                agree_on(work.facts, job.facts["engine"])
             summary.start()
-            report.stage("answering on Ray")
-            await asyncio.to_thread(_answer_on_ray, work, job, arguments, cluster)
-            await asyncio.to_thread(_merge, work, rows_file, finished, summary)
+            share = source.total * settings.sweep.count // (cluster.replicas * BLOCKS_PER_REPLICA)
+            rows_per_block = max(1, min(share, ROWS_PER_BLOCK))
+            while True:
+                known = len(finished)
+                if not work.begun:
+                    rows = read_rows(source.lines(), finished, settings.sweep)
+                    await asyncio.to_thread(_keep_refused, job, work.write_input(rows), rows_file, finished, summary)
+                if "engine" in job.facts:
+                    agree_on(work.facts, job.facts["engine"])
+                report.stage("answering on Ray")
+                await asyncio.to_thread(_answer_on_ray, work, job, arguments, cluster, rows_per_block)
+                await asyncio.to_thread(_merge, work, rows_file, finished, summary)
+                if "engine" not in job.facts and work.facts.exists():
+                    job = Job(job.identifier, job.facts | {"engine": json.loads(work.facts.read_text())})
+                    save_job(files.job, job)
+                work.remove()
+                # A checkpoint may know of rows whose part a kill tore; they are asked for once more.
+                if not await asyncio.to_thread(any, read_rows(source.lines(), finished, settings.sweep)):
+                    break
+                if len(finished) == known:
+                    raise JobError("Ray ended without answering the rows that are left")
             report.advanced()
-            if "engine" not in job.facts and work.facts.exists():
-                save_job(files.job, Job(job.identifier, job.facts | {"engine": json.loads(work.facts.read_text())}))
             summary.stop()
-            work.remove()
         except BaseException:
             if created and rows_file.empty:
                 files.rows.unlink()
@@ -157,7 +165,7 @@ def _keep_refused(job: Job, rows: Iterator[Refused], rows_file: RowFile, finishe
         summary.add(result)
 
 
-def _answer_on_ray(work: WorkFolder, job: Job, arguments: list[str], cluster: Cluster) -> None:
+def _answer_on_ray(work: WorkFolder, job: Job, arguments: list[str], cluster: Cluster, rows_per_block: int) -> None:
     import ray
     from ray.data import ActorPoolStrategy, DataContext
     from ray.data.checkpoint import CheckpointConfig
@@ -171,7 +179,8 @@ def _answer_on_ray(work: WorkFolder, job: Job, arguments: list[str], cluster: Cl
         context.checkpoint_config = CheckpointConfig(
             id_column="number", checkpoint_path=str(work.checkpoint), delete_checkpoint_on_success=False
         )
-        rows = ray.data.read_parquet(str(work.input), override_num_blocks=len(list(work.input.iterdir())))
+        # Small files are read as one block, which would be one worker's; blocks are also what a checkpoint counts.
+        rows = ray.data.read_parquet(str(work.input)).repartition(target_num_rows_per_block=rows_per_block)
         answered = rows.map_batches(
             Replica,
             fn_constructor_kwargs={
@@ -180,13 +189,13 @@ def _answer_on_ray(work: WorkFolder, job: Job, arguments: list[str], cluster: Cl
                 "job": job.identifier,
                 "facts": str(work.facts),
             },
-            batch_size=ROWS_PER_CALL,
+            batch_size=None,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=cluster.replicas, max_tasks_in_flight_per_actor=2 * CALLS),
+            compute=ActorPoolStrategy(
+                size=cluster.replicas, max_tasks_in_flight_per_actor=2 * CALLS, max_concurrent_calls_per_actor=CALLS
+            ),
             num_cpus=CPUS_PER_REPLICA,
-            scheduling_strategy="SPREAD",
             num_gpus=cluster.gpus,
-            max_concurrency=CALLS,
             runtime_env={"env_vars": environment},
         )
         answered.write_parquet(str(work.parts))
