@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Protocol
 
@@ -68,7 +69,7 @@ async def run_rows(
             failed.set_exception(error)
 
     async def start_all() -> None:
-        while (group := await asyncio.to_thread(next, rows, None)) is not None:
+        while (group := await _next_group(rows)) is not None:
             for row in group:
                 if isinstance(row, Refused):
                     await results.put(refused_result(job, row))
@@ -100,6 +101,33 @@ async def run_rows(
             failed.exception()
         with contextlib.suppress(asyncio.CancelledError):
             await writer
+
+
+async def _next_group(rows: Rows) -> list[Request | Refused] | None:
+    """Read from a thread that may be left behind: a silent pipe must not keep a job from stopping."""
+    loop = asyncio.get_running_loop()
+    read: asyncio.Future[list[Request | Refused] | None] = loop.create_future()
+
+    def settle(group: list[Request | Refused] | None, error: BaseException | None) -> None:
+        if read.cancelled():
+            return
+        if error is None:
+            read.set_result(group)
+        else:
+            read.set_exception(error)
+
+    def work() -> None:
+        group, error = None, None
+        try:
+            group = next(rows, None)
+        except Exception as failed:
+            error = failed
+        with contextlib.suppress(RuntimeError):
+            # The loop may be closed by now.
+            loop.call_soon_threadsafe(settle, group, error)
+
+    threading.Thread(target=work, name="batch-read", daemon=True).start()
+    return await read
 
 
 async def _write(results: asyncio.Queue[Result], output: Output, finished: Callable[[Result], None]) -> None:

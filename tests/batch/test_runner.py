@@ -1,6 +1,8 @@
 """The loop: bounded, in groups, and nothing lost where something ends it."""
 
 import asyncio
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -149,3 +151,27 @@ async def test_busy_servers_are_asked_again():
 
     assert await answer_patiently(answer, request(1)) == Answer(200, b"{}")
     assert replies == []
+
+
+def test_a_silent_pipe_does_not_keep_a_job_from_stopping():
+    """Left behind while it waits for input, the reading thread lets the process end."""
+    code = """
+import asyncio
+from steer_server.batch.read_rows import read_rows
+from steer_server.batch.identifiers import RowSet
+from steer_server.batch.runner import run_rows
+from steer_server.batch.sources import StandardInput
+
+async def main():
+    rows = read_rows(StandardInput().lines(), RowSet())
+    job = asyncio.create_task(run_rows("j", rows, None, None, 1, None))
+    await asyncio.sleep(0.2)
+    job.cancel()
+    await asyncio.gather(job, return_exceptions=True)
+    print("stopped")
+
+asyncio.run(main())
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.read() == b"stopped\n"
+        assert process.wait(20) == 0

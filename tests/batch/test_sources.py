@@ -1,10 +1,10 @@
 """Inputs: the same lines from every kind of file, and no byte of one that changed."""
 
 import gzip
-import io
 import json
 import os
 import random
+import threading
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -43,21 +43,26 @@ def test_lines(written):
     assert source.total in (1000, 1999)
 
 
-def test_standard_input(monkeypatch):
+def test_standard_input():
+    """It comes in pieces that end anywhere."""
     text = b"\xef\xbb\xbf" + b"\n\n".join(LINES)
+    reading, writing = os.pipe()
 
-    class Pipe:
-        """Gives a few bytes at a time, as pipes do."""
+    def write():
+        rest = text
+        while rest:
+            count = random.choice((1, 2, 300))
+            os.write(writing, rest[:count])
+            rest = rest[count:]
+        os.close(writing)
 
-        def __init__(self):
-            self.stream = io.BytesIO(text)
-            self.buffer = self
-
-        def read1(self, count):
-            return self.stream.read(random.randrange(1, 300))
-
-    monkeypatch.setattr("sys.stdin", Pipe())
-    assert read(StandardInput()) == LINES
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        assert read(StandardInput(reading)) == LINES
+    finally:
+        os.close(reading)
+        writer.join()
 
 
 @pytest.mark.parametrize("body", ["text", "struct"])
