@@ -158,7 +158,7 @@ def test_find_sae(hub, tmp_path):
     for name, says in (("hf://org/none", "there is no org/none"), ("nowhere", "no such file or folder")):
         with pytest.raises(CatalogError, match=says) as caught:
             find_sae(name)
-        assert "is not one that ships (smollm2-135m/l15)" in str(caught.value)
+        assert "is not one that ships (smollm2-135m/l12, smollm2-135m/l15)" in str(caught.value)
 
 
 def test_a_configuration_that_is_not_sound_is_left_to_the_loader(hub, releases):

@@ -66,6 +66,7 @@ def test_capabilities(server):
     assert described["layers"] == list(range(30))
     assert described["hook_points"][15] == "blocks.15.hook_resid_post"
     assert {sae["name"]: (sae["architecture"], sae["layer"]) for sae in described["saes"]} == {
+        "smollm2-135m/l12": ("jumprelu", 12),
         SAE: ("topk", 15),
         "test/jumprelu": ("jumprelu", 15),
     }
@@ -199,7 +200,7 @@ REFUSED = [
         {"steering": {"features": [{"sae": "no/such", "index": 1, "op": "ablate"}]}},
         404,
         "steering.features[0].sae",
-        f"known SAEs: {SAE}, test/jumprelu",
+        f"known SAEs: smollm2-135m/l12, {SAE}, test/jumprelu",
     ),
     (
         {"steering": {"features": [{"sae": SAE, "index": 10**6, "op": "ablate"}]}},
@@ -384,7 +385,7 @@ def test_features_can_be_searched(server):
     assert 0 < best["density"] < 1
     assert best["suggested"]["low"] < best["suggested"]["high"]
     everywhere = server.get("/v1/steering/features?q=the+sea").json()["data"]
-    assert {row["sae"] for row in everywhere} == {SAE}, "the other one has no evidence"
+    assert {row["sae"] for row in everywhere} == {SAE, "smollm2-135m/l12"}, "the others have no evidence"
     assert len(everywhere) == 10
     detail = server.get(f"/v1/steering/features/{SAE}/{best['index']}").json()
     assert detail["label"] == best["label"]
