@@ -23,6 +23,7 @@ TABLE = {
         "saes": [
             {"id": "layer_20/width_16k/canonical", "path": "layer_20/width_16k/average_l0_71"},
             {"id": "layer_21/width_16k/canonical", "path": "layer_21/width_16k/average_l0_70"},
+            {"id": "layer_3/width_16k/canonical", "path": "layer_3/width_16k/average_l0_71"},
         ],
     },
     "scaled": {
@@ -89,6 +90,15 @@ def test_a_release_is_found_on_the_hub(hub, releases):
     assert resolve_location(f"{name}@{commit}?k=3") == f"{expected}?k=3"
     assert hub.downloads() == [f"{path}/params.npz"]
     refused(f"{name}@v9", "google/gemma-scope-2b-pt-res has no revision 'v9'")
+
+
+def test_what_the_names_of_a_repository_say_is_still_known_in_the_cache(hub, releases):
+    """Gemma Scope keeps its model and hook point nowhere else."""
+    expected = read(FIXTURES / "gemma_scope" / "res")
+    hub.publish("google/gemma-scope-2b-pt-res", FIXTURES / "gemma_scope" / "res" / "gemma-scope-2b-pt-res")
+    sae = load(resolve_location("gemma-scope-2b-pt-res-canonical:layer_3/width_16k/canonical"))
+    assert (str(sae.hook_point), sae.model_name) == ("blocks.3.hook_resid_post", "google/gemma-2-2b")
+    assert_conforms(sae, expected)
 
 
 def test_a_scaling_factor_of_the_table_becomes_a_norm(hub, releases):
