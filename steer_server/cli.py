@@ -41,7 +41,11 @@ Model = Annotated[
 ]
 Sae = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME=PATH", help="An SAE to serve, by the name that requests use. Repeatable."),
+    typer.Option(
+        metavar="NAME=PATH",
+        help="An SAE to serve, by the name that requests use: a folder or file of any published family, or "
+        "hf://OWNER/REPO/PATH; what its files leave out goes behind it as ?OPTIONS (docs/sae-families.md). Repeatable.",
+    ),
 ]
 PretrainedSaes = Annotated[
     bool, typer.Option("--pretrained-saes/--no-pretrained-saes", help="Serve the shipped SAEs of this model, if any.")

@@ -55,7 +55,7 @@ def assert_accounts_for(receipt, positions, skip=0):
 
 def test_startup_says_what_is_armed(server):
     log = server.log.read_text()
-    assert "Steering: 30 of 30 decoder layers armed; 2 SAE(s)" in log
+    assert "Steering: 30 of 30 decoder layers armed; 3 SAE(s)" in log
     assert "row bank of 2048 rows (32 edits a request)" in log
     assert "Steering self-test passed at 30 layers" in log
 
