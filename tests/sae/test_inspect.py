@@ -119,7 +119,7 @@ def test_a_transcoder_writes_elsewhere():
 def test_what_the_loader_says(tmp_path):
     folder = build_sae(tmp_path / "s", tensors={"b_dec": torch.zeros(9)})
     failed(inspect(folder), "b_dec has shape [9], expected [8]")
-    failed(inspect("smollm2-135m/absent"), "is not one that ships (smollm2-135m/l12, smollm2-135m/l15), and as a path")
+    failed(inspect("smollm2-135m/absent"), "is not one that ships (smollm2-135m/l12, smollm2-135m/l15):")
     pickle = FIXTURES / "goodfire" / "llama_8b" / "Llama-3.1-8B-Instruct-SAE-l19.pth"
     failed(inspect(pickle), f"Convert it once: steer-server sae convert '{pickle}' OUT, then load OUT")
     failed(inspect(f"{build_sae(tmp_path / 't')}?k=3"), "option k=3 has no use for this checkpoint")
