@@ -304,3 +304,19 @@ def test_device_memory_is_accounted_for(config):
     topk_encoder, others = D_MODEL * 24 + 24, 5 * (D_MODEL * 32 + 32)
     router = D_MODEL * 4 + 4
     assert worker.nbytes == 4 * (config.rows * D_MODEL + topk_encoder + others + router)
+
+
+def test_any_armed_site_can_be_captured(config):
+    worker = WorkerSteering(config, torch.float32, torch.device("cpu"))
+    wanted = ["blocks.1.hook_attn_out", "blocks.5.mlp.hook_in", "blocks.8.hook_resid_post"]
+    worker.capture(wanted)
+    streams = torch.randn(len(config.sites), 4, D_MODEL)
+    worker.begin_step(["x"], np.array([0]), np.array([3]))
+    for site, stream in enumerate(streams):
+        apply_edits(stream, None, site)
+    worker.end_step()
+    # The fourth row is padding.
+    for site, captured in zip(wanted, worker.take_captured(), strict=True):
+        assert torch.equal(captured, streams[config.sites.index(site)][:3])
+    with pytest.raises(ValueError, match=r"blocks\.3\.hook_attn_out cannot be captured; armed: blocks\.0"):
+        worker.capture(["blocks.3.hook_attn_out"])
