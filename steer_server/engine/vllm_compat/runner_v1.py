@@ -63,17 +63,18 @@ def _load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     if config is None:
         return
     layers = find_decoder_layers(self.get_model(), config.n_layers)
-    self.steering_places = find_places(layers, [HookPoint.parse(site) for site in config.sites], config.d_model)
+    points = [HookPoint.parse(site) for site in config.sites]
+    self.steering_places = find_places(layers, points, config.d_model)
     for site, place in enumerate(self.steering_places):
         place.arm(site)
     # Here, so that it is part of what vLLM finds in use when it sizes the KV cache.
     self.steering = WorkerSteering(config, self.model_config.dtype, self.device)
+    others = [str(point) for point in points if point.kind != "resid_post"]
     logger.info(
-        "Steering: %d of %d decoder layers armed, %d other sites; %d SAE(s): %s; "
-        "row bank of %d rows (%d edits a request), %.1f MiB",
+        "Steering: %d of %d decoder layers armed%s; %d SAE(s): %s; row bank of %d rows (%d edits a request), %.1f MiB",
         len(config.layers),
         config.n_layers,
-        len(config.sites) - len(config.layers),
+        "" if not others else f", and {', '.join(others)}",
         len(config.saes),
         ", ".join(name for name, _ in config.saes) or "none",
         config.rows,
@@ -123,7 +124,12 @@ def _compile_or_warm_up_model(original: Any, self: Any, *args: Any, **kwargs: An
     steering: WorkerSteering | None = runner.steering
     if steering is not None:
         runner.steering_checks = _self_test(runner, steering)
-        logger.info("Steering self-test passed at %d sites", len(runner.steering_checks))
+        others = len(runner.steering_checks) - len(steering.config.layers)
+        logger.info(
+            "Steering self-test passed at %d layers%s",
+            len(steering.config.layers),
+            f" and {others} other sites" if others else "",
+        )
     return result
 
 
