@@ -9,7 +9,7 @@ ARGS   ?=
 BIN    := $(VENV)/bin
 INPUTS := pyproject.toml scripts/install_engine.py
 
-.PHONY: serve test lint unit bench conformance clean help
+.PHONY: serve test lint unit bench conformance ray clean help
 
 help: ## Show this text
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -34,6 +34,10 @@ bench: $(VENV)/.dev-installed ## Measure the serving overhead against vanilla vL
 
 conformance: ## Write the SAE fixtures anew with the libraries they come from, and compare
 	$(PYTHON) -m tests.conformance
+
+ray: $(VENV)/.dev-installed ## Install Ray and run the tests on a cluster of two workers
+	$(BIN)/python -m pip install --quiet 'ray[data]>=2.60'
+	$(BIN)/python -m pytest tests/e2e/test_batch_ray.py
 
 clean: ## Remove the virtual environments and caches
 	rm -rf $(VENV) .conformance .mypy_cache .pytest_cache .ruff_cache .hypothesis
