@@ -131,8 +131,8 @@ class _Layout:
 class _Rows:
     """What is added at each site, the direction that is projected out there, and what each pair reads along.
 
-    size: [sites], of the vectors' components. They and the directions are random; a pair reads along the stream itself,
-    so that f is about 1.
+    size: [sites], of the vectors' components, which are random. A direction is a random one, turned towards the stream:
+    what is projected out must be more than rounding. A pair reads along the stream itself, so that f is about 1.
     """
 
     def __init__(self, layout: _Layout, before: list[torch.Tensor], size: torch.Tensor, dtype: torch.dtype) -> None:
@@ -140,6 +140,8 @@ class _Rows:
         generator = torch.Generator().manual_seed(SEED)
         vectors = torch.randn(layout.sites, d_model, generator=generator) * size[:, None]
         directions = torch.nn.functional.normalize(torch.randn(layout.sites, d_model, generator=generator), dim=-1)
+        directions += torch.nn.functional.normalize(torch.stack([stream[0].float() for stream in before]).cpu(), dim=-1)
+        directions = torch.nn.functional.normalize(directions, dim=-1)
         streams = [before[read][:1].float().cpu() for read, _ in layout.pairs]
         along = [stream / stream.square().sum().clamp(min=1e-30) for stream in streams]
         self.rows = torch.cat([vectors, directions, *along]).to(device=device, dtype=dtype)

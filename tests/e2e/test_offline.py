@@ -164,7 +164,9 @@ def test_generated_blocks_are_keyed_by_where_generation_began(pressed, oracle, t
 
 def test_bad_steering_is_refused_and_disturbs_nobody(pressed, oracle, specs, tokenizer):
     prompt = tokenizer(PROMPTS[0])["input_ids"]
-    with pytest.raises(ValueError, match=r"steering.features\[0\].sae 'nope' is not known here; known SAEs: smollm2"):
+    with pytest.raises(
+        ValueError, match=r"steering.features\[0\].sae 'nope' is not known here; known SAEs: kind/abstopk"
+    ):
         engines.generate(
             pressed, [prompt], [engines.params({"features": [{"sae": "nope", "index": 0, "op": "ablate"}]})]
         )
