@@ -60,7 +60,8 @@ def pre_activation_tile(
     if HAS_SCALE:
         scale = tl.load(scale_ptr + rows, mask=row_exists, other=0.0)
         # An explicit fma: left to the compiler, two kernels might round differently.
-        return tl.fma(products, tl.broadcast_to(scale[:, None], products.shape), tl.broadcast_to(bias, products.shape))
+        shape: tl.constexpr = [TOKENS, FEATURES]
+        return tl.fma(products, tl.broadcast_to(scale[:, None], shape), tl.broadcast_to(bias[None, :], shape))
     return products + bias[None, :]
 
 
