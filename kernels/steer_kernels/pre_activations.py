@@ -2,7 +2,7 @@
 
     p[t, j] = scale[t] * (x[t] . encoder[j]) + b_enc[j]
 
-x: [tokens, d_in]; encoder: [d_sae, d_in], one row a feature, in x's dtype; b_enc: [d_sae] float32; scale: [tokens]
+x: [tokens, d_in]; encoder: [d_sae, d_in], one row a feature, with any strides, in x's dtype; b_enc: [d_sae] float32; scale: [tokens]
 float32 or None for 1, the part of a token norm that cannot be folded into rows. Kernels multiply in the dtype that they
 are given and add up in float32; p is never rounded to less than float32.
 
@@ -34,6 +34,11 @@ def check_encoder(
     for name, vector, length in (("b_enc", b_enc, encoder.shape[0]), ("scale", scale, x.shape[0])):
         if vector is not None and (vector.shape != (length,) or not (any_dtype or vector.dtype == torch.float32)):
             raise ValueError(f"{name} must be [{length}] float32, not {list(vector.shape)} {vector.dtype}")
+
+
+def row_major(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with its rows together in memory, as the kernels walk them; copied only where they are not."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def check_k(k: int, d_sae: int) -> None:

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from steer_kernels import workspace
 from steer_kernels.encoder_tile import NAN_KEY, TAKEN, pre_activation_tile, rank_key
+from steer_kernels.pre_activations import row_major
 from steer_kernels.tile_shapes import FEATURES, MAX_TOKENS, tile_shape
 from steer_kernels.triton_target import triton_backend
 
@@ -42,6 +43,7 @@ def _given_features(
     d_in,
     x_stride,
     encoder_stride,
+    encoder_inner_stride,
     given_stride,
     n_given,
     floor,
@@ -65,7 +67,7 @@ def _given_features(
         return
     tile = pre_activation_tile(
         x_ptr, encoder_ptr, b_enc_ptr, scale_ptr, rows, own, given, asked,
-        d_in, x_stride, encoder_stride, HAS_SCALE, TOKENS, FEATURES, INNER,
+        d_in, x_stride, encoder_stride, encoder_inner_stride, HAS_SCALE, TOKENS, FEATURES, INNER,
     )  # fmt: skip
     # Zeros and one number add up to that number, whatever it is.
     p = tl.where(asked, tl.sum(tl.where(own[:, None], tile, 0.0), axis=0), 0.0)
@@ -94,6 +96,7 @@ def _count_ahead(
     d_in,
     x_stride,
     encoder_stride,
+    encoder_inner_stride,
     given_stride,
     n_given,
     HAS_SCALE: tl.constexpr,
@@ -110,7 +113,7 @@ def _count_ahead(
     row_exists, feature_exists = rows < n_tokens, features < d_sae
     p = pre_activation_tile(
         x_ptr, encoder_ptr, b_enc_ptr, scale_ptr, rows, row_exists, features, feature_exists,
-        d_in, x_stride, encoder_stride, HAS_SCALE, TOKENS, FEATURES, INNER,
+        d_in, x_stride, encoder_stride, encoder_inner_stride, HAS_SCALE, TOKENS, FEATURES, INNER,
     )  # fmt: skip
     keys = tl.where(feature_exists[None, :], rank_key(p, ABSOLUTE), TAKEN)
     at = rows.to(tl.int64)
@@ -135,7 +138,7 @@ def count_above_triton(
     scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `count_above_reference`, with p in float32, for at most 128 features a token."""
-    n_tokens, n_given = features.shape
+    (n_tokens, n_given), x, features = features.shape, row_major(x), row_major(features)
     if n_given > MAX_GIVEN:
         raise ValueError(f"features must be at most {MAX_GIVEN} a token, not {n_given}")
     p = torch.empty(n_tokens, n_given, dtype=torch.float32, device=x.device)
@@ -164,7 +167,7 @@ def _one_pass(
     keys, to_rank = workspace.carve(x.device, ((n_tokens, n_given), torch.int32), ((token_tiles,), torch.int32))
     to_rank.zero_()
     operands = (x, encoder, b_enc, b_enc if scale is None else scale, features)
-    sizes = (n_tokens, d_sae, d_in, x.stride(0), encoder.stride(0), features.stride(0), n_given)
+    sizes = (n_tokens, d_sae, d_in, x.stride(0), *encoder.stride(), features.stride(0), n_given)
     meta = dict(
         HAS_SCALE=scale is not None, ABSOLUTE=absolute, TOKENS=shape.tokens, FEATURES=FEATURES, INNER=shape.inner,
         num_warps=shape.warps, num_stages=shape.stages,

@@ -20,6 +20,8 @@ def _check(
             "features and values must be [tokens, n], features int32 or int64, "
             f"not {list(features.shape)} {features.dtype} and {list(values.shape)}"
         )
+    if decoder.stride(1) != 1:
+        raise ValueError(f"decoder must have its rows [d_out] together in memory, not strides {decoder.stride()}")
     tokens, d_out = len(features), decoder.shape[1]
     for name, tensor, shape in (("b_dec", b_dec, (d_out,)), ("scale", scale, (tokens,)), ("base", base, (tokens, d_out))):
         if tensor is not None and tensor.shape != shape:

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from steer_kernels.pre_activations import row_major
 from steer_kernels.triton_target import triton_backend
 
 ROWS = 16
@@ -67,6 +68,7 @@ def decode_sparse_triton(
 ) -> torch.Tensor:
     """As `decode_sparse_reference`, added up in float32."""
     (n_tokens, n), d_out = features.shape, decoder.shape[1]
+    features, values, base = row_major(features), row_major(values), None if base is None else row_major(base)
     out = torch.empty(n_tokens, d_out, dtype=dtype, device=decoder.device)
     if n_tokens == 0:
         return out

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from steer_kernels import workspace
 from steer_kernels.encoder_tile import pre_activation_tile
+from steer_kernels.pre_activations import row_major
 from steer_kernels.tile_shapes import FEATURES, MAX_TOKENS, slots_per_tile, tile_shape
 from steer_kernels.triton_target import triton_backend
 
@@ -44,6 +45,7 @@ def _active_tile(
     d_in,
     x_stride,
     encoder_stride,
+    encoder_inner_stride,
     HAS_SCALE: tl.constexpr,
     TOKENS: tl.constexpr,
     FEATURES: tl.constexpr,
@@ -53,7 +55,7 @@ def _active_tile(
     feature_exists = features < d_sae
     p = pre_activation_tile(
         x_ptr, encoder_ptr, b_enc_ptr, scale_ptr, rows, row_exists, features, feature_exists,
-        d_in, x_stride, encoder_stride, HAS_SCALE, TOKENS, FEATURES, INNER,
+        d_in, x_stride, encoder_stride, encoder_inner_stride, HAS_SCALE, TOKENS, FEATURES, INNER,
     )  # fmt: skip
     threshold = tl.load(threshold_ptr + features, mask=feature_exists, other=float("inf"))
     active = (p > threshold[None, :]) & feature_exists[None, :]
@@ -75,6 +77,7 @@ def _keep_active_of_tiles(
     d_in,
     x_stride,
     encoder_stride,
+    encoder_inner_stride,
     n_tiles,
     slots,
     HAS_SCALE: tl.constexpr,
@@ -89,7 +92,7 @@ def _keep_active_of_tiles(
     row_exists = rows < n_tokens
     p, active, place = _active_tile(
         x_ptr, encoder_ptr, b_enc_ptr, scale_ptr, threshold_ptr, rows, row_exists, features,
-        d_sae, d_in, x_stride, encoder_stride, HAS_SCALE, TOKENS, FEATURES, INNER,
+        d_sae, d_in, x_stride, encoder_stride, encoder_inner_stride, HAS_SCALE, TOKENS, FEATURES, INNER,
     )  # fmt: skip
     at = (rows.to(tl.int64) * n_tiles + tile)[:, None] * slots + place
     fits = active & (place < slots) & row_exists[:, None]
@@ -164,6 +167,7 @@ def _run_full_tiles_again(
     d_in,
     x_stride,
     encoder_stride,
+    encoder_inner_stride,
     capacity,
     max_full,
     HAS_SCALE: tl.constexpr,
@@ -184,7 +188,7 @@ def _run_full_tiles_again(
         features = tile * FEATURES + tl.arange(0, FEATURES)
         p, active, place = _active_tile(
             x_ptr, encoder_ptr, b_enc_ptr, scale_ptr, threshold_ptr, rows, rows < n_tokens, features,
-            d_sae, d_in, x_stride, encoder_stride, HAS_SCALE, TOKENS, FEATURES, INNER,
+            d_sae, d_in, x_stride, encoder_stride, encoder_inner_stride, HAS_SCALE, TOKENS, FEATURES, INNER,
         )  # fmt: skip
         at = token * capacity + start + place
         fits = active & (rows == token)[:, None] & (start + place < capacity)
@@ -233,7 +237,7 @@ def encode_threshold_triton(
     slots: active features that a tile keeps, by default so many that tiles seldom have to be run again while the lists
     are a quarter full.
     """
-    n_tokens, d_sae = x.shape[0], encoder.shape[0]
+    n_tokens, d_sae, x = x.shape[0], encoder.shape[0], row_major(x)
     if slots is None:
         slots = slots_per_tile(d_sae, max(1, min(d_sae, capacity // CAPACITY_PER_ACTIVE)))
     encoded = EncodedThreshold(
@@ -265,7 +269,7 @@ def _one_pass(
         x.device, *workspace_pieces(n_tokens, d_sae, capacity, slots)
     )
     operands = (x, encoder, b_enc, b_enc if scale is None else scale, threshold)
-    sizes = (n_tokens, d_sae, d_in, x.stride(0), encoder.stride(0))
+    sizes = (n_tokens, d_sae, d_in, x.stride(0), *encoder.stride())
     meta = dict(
         HAS_SCALE=scale is not None, TOKENS=shape.tokens, FEATURES=FEATURES, INNER=shape.inner,
         num_warps=shape.warps, num_stages=shape.stages,

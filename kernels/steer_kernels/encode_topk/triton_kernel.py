@@ -30,6 +30,7 @@ from steer_kernels.encoder_tile import (
     store_compacted,
     unpacked_rank,
 )
+from steer_kernels.pre_activations import row_major
 from steer_kernels.tile_shapes import FEATURES, MAX_TOKENS, slots_per_tile, tile_shape
 from steer_kernels.triton_target import triton_backend
 
@@ -51,6 +52,7 @@ def _keep_first_of_tiles(
     d_in,
     x_stride,
     encoder_stride,
+    encoder_inner_stride,
     n_tiles,
     slots,
     HAS_SCALE: tl.constexpr,
@@ -67,7 +69,7 @@ def _keep_first_of_tiles(
     row_exists, feature_exists = rows < n_tokens, features < d_sae
     p = pre_activation_tile(
         x_ptr, encoder_ptr, b_enc_ptr, scale_ptr, rows, row_exists, features, feature_exists,
-        d_in, x_stride, encoder_stride, HAS_SCALE, TOKENS, FEATURES, INNER,
+        d_in, x_stride, encoder_stride, encoder_inner_stride, HAS_SCALE, TOKENS, FEATURES, INNER,
     )  # fmt: skip
     keys = tl.where(feature_exists[None, :], rank_key(p, ABSOLUTE), TAKEN)
     kept_rows = kept_ptr + rows.to(tl.int64) * (n_tiles * slots) + tile * slots
@@ -155,6 +157,7 @@ def _run_full_tiles_again(
     d_in,
     x_stride,
     encoder_stride,
+    encoder_inner_stride,
     n_tiles,
     slots,
     k,
@@ -184,7 +187,7 @@ def _run_full_tiles_again(
         feature_exists = features < d_sae
         p = pre_activation_tile(
             x_ptr, encoder_ptr, b_enc_ptr, scale_ptr, rows, rows < n_tokens, features, feature_exists,
-            d_in, x_stride, encoder_stride, HAS_SCALE, TOKENS, FEATURES, INNER,
+            d_in, x_stride, encoder_stride, encoder_inner_stride, HAS_SCALE, TOKENS, FEATURES, INNER,
         )  # fmt: skip
         # Zeros and one number add up to that number, whatever it is.
         own = tl.sum(tl.where((rows == token)[:, None], p, 0.0), axis=0)
@@ -235,7 +238,7 @@ def encode_topk_triton(
 
     slots: features that a tile keeps, by default so many that tiles seldom have to be run again.
     """
-    d_sae = encoder.shape[0]
+    d_sae, x = encoder.shape[0], row_major(x)
     slots = slots_per_tile(d_sae, k) if slots is None else slots
     n_kept = triton.cdiv(d_sae, FEATURES) * slots
     if k > MAX_K or n_kept > MAX_KEPT:
@@ -271,7 +274,7 @@ def _one_pass(
     n_tiles = triton.cdiv(d_sae, FEATURES)
     kept, first, full = workspace.carve(x.device, *workspace_pieces(n_tokens, d_sae, k, slots))
     operands = (x, encoder, b_enc, b_enc if scale is None else scale)
-    sizes = (n_tokens, d_sae, d_in, x.stride(0), encoder.stride(0), n_tiles, slots)
+    sizes = (n_tokens, d_sae, d_in, x.stride(0), *encoder.stride(), n_tiles, slots)
     lists = (k, first.stride(0), full.stride(0))
     meta = dict(
         HAS_SCALE=scale is not None, ABSOLUTE=absolute, TOKENS=shape.tokens, FEATURES=FEATURES, INNER=shape.inner,
