@@ -29,8 +29,8 @@ def pre_activation_blocks(
 def _linear(x: torch.Tensor, encoder: torch.Tensor, b_enc: torch.Tensor | None) -> torch.Tensor:
     """x @ encoder.T + b_enc in float32, by oneDNN where torch has it.
 
-    F.linear goes to MKL for float32. For few tokens oneDNN, which Inductor calls like this for frozen weights, took half
-    the time on an AMD EPYC with AVX-512 (d_in 2304, d_sae 16,384, 4 tokens: 24 against 48 ms on one core).
+    F.linear goes to MKL for float32. For few tokens oneDNN, which Inductor calls like this for frozen weights, took
+    half the time on an AMD EPYC with AVX-512 (d_in 2304, d_sae 16,384, 4 tokens: 24 against 48 ms on one core).
     """
     # Rows that are not together in memory oneDNN would copy at each call.
     if mkldnn.is_available() and mkldnn.enabled and encoder.stride(1) == 1:

@@ -51,7 +51,8 @@ def pre_activation_tile(
         at = start + inner
         inside = at < d_in
         x = tl.load(x_rows + at[None, :], mask=row_exists[:, None] & inside[None, :], other=0.0)
-        encoder = tl.load(encoder_rows + at.to(tl.int64)[:, None] * encoder_inner_stride, mask=inside[:, None] & feature_exists[None, :], other=0.0)
+        columns = encoder_rows + at.to(tl.int64)[:, None] * encoder_inner_stride
+        encoder = tl.load(columns, mask=inside[:, None] & feature_exists[None, :], other=0.0)
         if INTERPRETED and x.dtype == tl.bfloat16:
             # Triton 3.9's interpreter multiplies the bit patterns of bfloat16.
             x, encoder = x.to(tl.float32), encoder.to(tl.float32)

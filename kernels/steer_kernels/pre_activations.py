@@ -2,9 +2,9 @@
 
     p[t, j] = scale[t] * (x[t] . encoder[j]) + b_enc[j]
 
-x: [tokens, d_in]; encoder: [d_sae, d_in], one row a feature, with any strides, in x's dtype; b_enc: [d_sae] float32; scale: [tokens]
-float32 or None for 1, the part of a token norm that cannot be folded into rows. Kernels multiply in the dtype that they
-are given and add up in float32; p is never rounded to less than float32.
+x: [tokens, d_in]; encoder: [d_sae, d_in], one row a feature, with any strides, in x's dtype; b_enc: [d_sae] float32;
+scale: [tokens] float32 or None for 1, the part of a token norm that cannot be folded into rows. Kernels multiply in the
+dtype that they are given and add up in float32; p is never rounded to less than float32.
 
 Ranking is a total order, so that results do not depend on the machine: larger p first (larger |p| where `absolute`), of
 equals the lower index, NaN after everything else, minus infinity included. 0.0 and -0.0 are equal. A NaN or infinity in
@@ -28,9 +28,7 @@ def check_encoder(
             f"x and encoder must be [tokens, d_in] and [d_sae, d_in], not {list(x.shape)} and {list(encoder.shape)}"
         )
     if not any_dtype and (x.dtype not in DTYPES or encoder.dtype != x.dtype):
-        raise ValueError(
-            f"x and encoder must both be float32, float16 or bfloat16, not {x.dtype} and {encoder.dtype}"
-        )
+        raise ValueError(f"x and encoder must both be float32, float16 or bfloat16, not {x.dtype} and {encoder.dtype}")
     for name, vector, length in (("b_enc", b_enc, encoder.shape[0]), ("scale", scale, x.shape[0])):
         if vector is not None and (vector.shape != (length,) or not (any_dtype or vector.dtype == torch.float32)):
             raise ValueError(f"{name} must be [{length}] float32, not {list(vector.shape)} {vector.dtype}")

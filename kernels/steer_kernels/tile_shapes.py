@@ -35,11 +35,13 @@ def tile_shape(tokens: int, dtype: torch.dtype, backend: str) -> TileShape:
     Decode is bound by reading the encoder, so a tile is as tall as the batch (16 at least, which tensor cores want) and
     the depth of the pipeline keeps enough bytes in flight; prefill is bound by multiplications and takes square tiles.
     """
-    height = 16 if tokens <= 16 else 32 if tokens <= 32 else 64 if tokens <= 64 else 128
+    # float32 has no matrix instruction that keeps its precision, and taller tiles of it spill (kernels_aot.md).
+    tallest = 32 if dtype == torch.float32 else 128
+    height = next(h for h in (16, 32, 64, 128) if h == tallest or tokens <= h)
     inner = 32 if dtype == torch.float32 else 64
     # AMD's 64 KiB of LDS hold two stages.
     stages = 2 if backend == "hip" else 4 if height < 128 else 3
-    return TileShape(height, inner, warps=4 if height < 128 else 8, stages=stages)
+    return TileShape(height, inner, warps=4 if height < 64 else 8, stages=stages)
 
 
 @lru_cache

@@ -1,8 +1,12 @@
 """Inputs whose answers are known to the bit, and the four kernels called the same way wherever they run."""
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 
+from tests.kernels.conftest import INTERPRETED
+
+DRAWN = settings(max_examples=12 if INTERPRETED else 60, deadline=None)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 # One, primes, the borders of tiles (16, 32, 64, 128 tokens; 128 features; 32 or 64 of d_in), and more than one tile.

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from steer_kernels.count_above import count_above_reference
-from tests.kernels.conftest import INTERPRETED
 from tests.kernels.sae_cases import (
+    DRAWN,
     DTYPES,
     SHAPES,
     count_above,
@@ -46,7 +46,7 @@ def test_shapes_and_ties(device, tokens, d_in, d_sae, dtype, absolute):
     assert_exact(device, x, W, b, given_features(tokens, d_sae, 1), -INF, absolute, scale)
 
 
-@settings(max_examples=12 if INTERPRETED else 60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@DRAWN
 @given(shapes(), st.sampled_from(DTYPES), st.booleans(), st.data())
 def test_drawn_inputs(device, shape, dtype, absolute, data):
     tokens, d_in, d_sae, seed = shape
@@ -54,7 +54,8 @@ def test_drawn_inputs(device, shape, dtype, absolute, data):
     features = given_features(tokens, d_sae, data.draw(st.integers(1, 20)), seed)
     floor = data.draw(st.sampled_from([-INF, 0.0, 10.0, INF]))
     scale = data.draw(st.sampled_from([None, scale]))
-    assert_exact(device, x, W, b, features.to(data.draw(st.sampled_from([torch.int32, torch.int64]))), floor, absolute, scale)
+    features = features.to(data.draw(st.sampled_from([torch.int32, torch.int64])))
+    assert_exact(device, x, W, b, features, floor, absolute, scale)
 
 
 def test_equal_rows_rank_by_feature(device):

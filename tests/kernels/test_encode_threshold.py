@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from steer_kernels.encode_threshold import encode_threshold_all, encode_threshold_reference
 from steer_kernels.pre_activations import pre_activations_reference
-from tests.kernels.conftest import INTERPRETED
 from tests.kernels.sae_cases import (
+    DRAWN,
     DTYPES,
     SHAPES,
     encode_threshold,
@@ -36,7 +36,7 @@ def test_shapes(device, tokens, d_in, d_sae, dtype):
     assert_exact(device, x, W, b, threshold, max(1, d_sae // 8), scale)
 
 
-@settings(max_examples=12 if INTERPRETED else 60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@DRAWN
 @given(shapes(), st.sampled_from(DTYPES), st.data())
 def test_drawn_inputs(device, shape, dtype, data):
     tokens, d_in, d_sae, seed = shape
@@ -67,7 +67,7 @@ def test_nan_is_not_active_and_infinity_is(device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_real_numbers(device, dtype):
-    """Within the rounding of float32 sums: what is clearly above its threshold is found, what is clearly below is not."""
+    """Within the rounding of float32 sums: what is clearly above is found, what is clearly below is not."""
     tokens, d_sae = (5, 700) if device == "interpreter" else (70, 5000)
     x, W, b, scale = real_encoder(tokens, 192, d_sae, dtype)
     threshold = torch.full((d_sae,), 1.5)

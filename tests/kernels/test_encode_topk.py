@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from steer_kernels.encode_topk import encode_topk_reference
 from steer_kernels.pre_activations import pre_activations_reference
-from tests.kernels.conftest import INTERPRETED
 from tests.kernels.sae_cases import (
+    DRAWN,
     DTYPES,
     SHAPES,
     encode_topk,
@@ -36,7 +36,7 @@ def test_shapes_and_ties(device, tokens, d_in, d_sae, dtype, absolute):
     assert_exact(device, x, W, b, 1, absolute, scale)
 
 
-@settings(max_examples=12 if INTERPRETED else 60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@DRAWN
 @given(shapes(), st.sampled_from(DTYPES), st.booleans(), st.data())
 def test_drawn_inputs(device, shape, dtype, absolute, data):
     tokens, d_in, d_sae, seed = shape
@@ -142,7 +142,8 @@ def test_batches_longer_than_a_pass(triton_device, monkeypatch):
 
     monkeypatch.setattr(triton_kernel, "MAX_TOKENS", 16)
     x, W, b, scale = encoder(37, 6, 140, torch.float32)
-    encoded = triton_kernel.encode_topk_triton(*[t.to(triton_device) for t in (x, W, b)], 8, False, scale.to(triton_device))
+    x_there, W_there, b_there, scale_there = (t.to(triton_device) for t in (x, W, b, scale))
+    encoded = triton_kernel.encode_topk_triton(x_there, W_there, b_there, 8, False, scale_there)
     same(encoded.features.cpu(), encode_topk_reference(x, W, b, 8, False, scale)[1])
 
 

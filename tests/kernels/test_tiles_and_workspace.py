@@ -67,7 +67,7 @@ def test_scratch_is_a_fraction_of_the_pre_activations(d_sae, k, tokens):
     from steer_kernels.encode_topk import triton_kernel as topk
 
     pre_activations = 4 * tokens * d_sae
-    pieces = topk.workspace_pieces(tokens, d_sae, k, slots_per_tile(d_sae, k))
+    pieces = topk.workspace_pieces(tokens, d_sae, k, topk.default_slots(d_sae, k))
     assert sum(math.prod(shape) * dtype.itemsize for shape, dtype in pieces) < 0.2 * pre_activations
     pieces = threshold.workspace_pieces(tokens, d_sae, 4 * k, slots_per_tile(d_sae, k))
     assert sum(math.prod(shape) * dtype.itemsize for shape, dtype in pieces) < 0.2 * pre_activations

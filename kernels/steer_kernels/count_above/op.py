@@ -13,9 +13,7 @@ def _check(
 ) -> None:
     check_encoder(x, encoder, b_enc, scale)
     if features.ndim != 2 or len(features) != len(x) or features.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"features must be [{len(x)}, n] int32 or int64, not {list(features.shape)} {features.dtype}"
-        )
+        raise ValueError(f"features must be [{len(x)}, n] int32 or int64, not {list(features.shape)} {features.dtype}")
 
 
 def _count_above_cpu(

@@ -23,7 +23,8 @@ def _check(
     if decoder.stride(1) != 1:
         raise ValueError(f"decoder must have its rows [d_out] together in memory, not strides {decoder.stride()}")
     tokens, d_out = len(features), decoder.shape[1]
-    for name, tensor, shape in (("b_dec", b_dec, (d_out,)), ("scale", scale, (tokens,)), ("base", base, (tokens, d_out))):
+    expected = (("b_dec", b_dec, (d_out,)), ("scale", scale, (tokens,)), ("base", base, (tokens, d_out)))
+    for name, tensor, shape in expected:
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} must be {list(shape)}, not {list(tensor.shape)}")
 

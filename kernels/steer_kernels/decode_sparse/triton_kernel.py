@@ -10,7 +10,7 @@ from steer_kernels.pre_activations import row_major
 from steer_kernels.triton_target import triton_backend
 
 ROWS = 16
-"""Decoder rows in flight at once: at 256 bytes each and several programs a processor, enough to hide memory's latency."""
+"""Decoder rows in flight at once: at 256 bytes each, with several programs a processor, enough to hide latency."""
 
 COLUMNS = 128
 

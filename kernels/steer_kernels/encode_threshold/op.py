@@ -92,8 +92,8 @@ def encode_threshold_all(
 ) -> Lists:
     """As `encode_threshold`, with lists as long as the longest, so that they hold every active feature.
 
-    `capacity` is what is tried first; tokens with more active features are run again. Waits for the device, so it has no
-    place inside a CUDA graph: there, counts above the capacity say which tokens' lists are cut off.
+    `capacity` is what is tried first; tokens with more active features are run again. Waits for the device, so it has
+    no place inside a CUDA graph: there, counts above the capacity say which tokens' lists are cut off.
     """
     values, features, counts = encode_threshold(x, encoder, b_enc, threshold, capacity, scale)
     longest = int(counts.max()) if len(counts) else 0

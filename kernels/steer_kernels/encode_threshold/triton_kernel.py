@@ -2,10 +2,10 @@
 
 Lists that are appended to by atomic counters come out in another order every time. Instead, three launches:
 
-1. `_keep_active_of_tiles`: the matrix product, tile by tile; of each tile a token keeps its first `slots` active features,
-   and how many there are.
-2. `_gather_lists`: a program a token adds the tiles' numbers up, which says where in the list each tile starts, and copies
-   what was kept. A tile with more active features than slots is *full*.
+1. `_keep_active_of_tiles`: the matrix product, tile by tile; of each tile a token keeps its first `slots` active
+   features, and how many there are.
+2. `_gather_lists`: a program a token adds the tiles' numbers up, which says where in the list each tile starts, and
+   copies what was kept. A tile with more active features than slots is *full*.
 3. `_run_full_tiles_again`: exits at once for tokens without a full tile; computes the others' full tiles again, bit for
    bit, and writes all of their active features.
 """
@@ -29,37 +29,6 @@ CAPACITY_PER_ACTIVE = 4
 
 TILES = 64
 """Tiles that a program of `_gather_lists` places at once."""
-
-
-@triton.jit
-def _active_tile(
-    x_ptr,
-    encoder_ptr,
-    b_enc_ptr,
-    scale_ptr,
-    threshold_ptr,
-    rows,
-    row_exists,
-    features,
-    d_sae,
-    d_in,
-    x_stride,
-    encoder_stride,
-    encoder_inner_stride,
-    HAS_SCALE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """(p [TOKENS, FEATURES], active, place: how many features of the tile before this one are active)."""
-    feature_exists = features < d_sae
-    p = pre_activation_tile(
-        x_ptr, encoder_ptr, b_enc_ptr, scale_ptr, rows, row_exists, features, feature_exists,
-        d_in, x_stride, encoder_stride, encoder_inner_stride, HAS_SCALE, TOKENS, FEATURES, INNER,
-    )  # fmt: skip
-    threshold = tl.load(threshold_ptr + features, mask=feature_exists, other=float("inf"))
-    active = (p > threshold[None, :]) & feature_exists[None, :]
-    return p, active, tl.cumsum(active.to(tl.int32), axis=1) - 1
 
 
 @triton.jit
@@ -90,16 +59,23 @@ def _keep_active_of_tiles(
     tile = tl.program_id(1)
     features = tile * FEATURES + tl.arange(0, FEATURES)
     row_exists = rows < n_tokens
-    p, active, place = _active_tile(
-        x_ptr, encoder_ptr, b_enc_ptr, scale_ptr, threshold_ptr, rows, row_exists, features,
-        d_sae, d_in, x_stride, encoder_stride, encoder_inner_stride, HAS_SCALE, TOKENS, FEATURES, INNER,
+    feature_exists = features < d_sae
+    p = pre_activation_tile(
+        x_ptr, encoder_ptr, b_enc_ptr, scale_ptr, rows, row_exists, features, feature_exists,
+        d_in, x_stride, encoder_stride, encoder_inner_stride, HAS_SCALE, TOKENS, FEATURES, INNER,
     )  # fmt: skip
-    at = (rows.to(tl.int64) * n_tiles + tile)[:, None] * slots + place
-    fits = active & (place < slots) & row_exists[:, None]
-    tl.store(kept_values_ptr + at, p, mask=fits)
-    tl.store(kept_features_ptr + at, tl.broadcast_to(features[None, :], [TOKENS, FEATURES]), mask=fits)
-    n_active = tl.sum(active.to(tl.int32), axis=1)
-    tl.store(n_active_ptr + rows.to(tl.int64) * n_tiles + tile, n_active, mask=row_exists)
+    threshold = tl.load(threshold_ptr + features, mask=feature_exists, other=float("inf"))
+    active = (p > threshold[None, :]) & feature_exists[None, :]
+    place = tl.where(active, tl.cumsum(active.to(tl.int32), axis=1) - 1, -1)
+    kept_at = rows.to(tl.int64) * n_tiles + tile
+    # Slot by slot: a store of each element to its own place would need two registers an element for addresses.
+    for slot in range(slots):
+        here = place == slot
+        value = tl.sum(tl.where(here, p, 0.0), axis=1)
+        feature = tl.sum(tl.where(here, features[None, :], 0), axis=1)
+        tl.store(kept_values_ptr + kept_at * slots + slot, value, mask=row_exists)
+        tl.store(kept_features_ptr + kept_at * slots + slot, feature, mask=row_exists)
+    tl.store(n_active_ptr + kept_at, tl.sum(active.to(tl.int32), axis=1), mask=row_exists)
 
 
 @triton.jit
@@ -186,20 +162,26 @@ def _run_full_tiles_again(
         tile = tl.load(full_at)
         start = tl.load(full_at + 1)
         features = tile * FEATURES + tl.arange(0, FEATURES)
-        p, active, place = _active_tile(
-            x_ptr, encoder_ptr, b_enc_ptr, scale_ptr, threshold_ptr, rows, rows < n_tokens, features,
-            d_sae, d_in, x_stride, encoder_stride, encoder_inner_stride, HAS_SCALE, TOKENS, FEATURES, INNER,
+        feature_exists = features < d_sae
+        p = pre_activation_tile(
+            x_ptr, encoder_ptr, b_enc_ptr, scale_ptr, rows, rows < n_tokens, features, feature_exists,
+            d_in, x_stride, encoder_stride, encoder_inner_stride, HAS_SCALE, TOKENS, FEATURES, INNER,
         )  # fmt: skip
-        at = token * capacity + start + place
-        fits = active & (rows == token)[:, None] & (start + place < capacity)
-        tl.store(values_ptr + at, p, mask=fits)
-        tl.store(features_ptr + at, tl.broadcast_to(features.to(tl.int64)[None, :], [TOKENS, FEATURES]), mask=fits)
+        # Zeros and one number add up to that number, whatever it is.
+        own = tl.sum(tl.where((rows == token)[:, None], p, 0.0), axis=0)
+        active = (own > tl.load(threshold_ptr + features, mask=feature_exists, other=float("inf"))) & feature_exists
+        place = start + tl.cumsum(active.to(tl.int32), axis=0) - 1
+        fits = active & (place < capacity)
+        tl.store(values_ptr + token * capacity + place, own, mask=fits)
+        tl.store(features_ptr + token * capacity + place, features.to(tl.int64), mask=fits)
 
 
 @dataclass(frozen=True)
 class EncodedThreshold:
-    """values float32 and features int64 [tokens, capacity], counts [tokens] int32; full_tiles [tokens] int32: tiles that
-    were run again."""
+    """values float32 and features int64 [tokens, capacity], counts [tokens] int32.
+
+    full_tiles: [tokens] int32, tiles that were run again.
+    """
 
     values: torch.Tensor
     features: torch.Tensor
@@ -248,7 +230,8 @@ def encode_threshold_triton(
     )
     for start in range(0, n_tokens, MAX_TOKENS):
         part = slice(start, start + MAX_TOKENS)
-        out = EncodedThreshold(*(t[part] for t in (encoded.values, encoded.features, encoded.counts, encoded.full_tiles)))
+        whole = (encoded.values, encoded.features, encoded.counts, encoded.full_tiles)
+        out = EncodedThreshold(*(tensor[part] for tensor in whole))
         _one_pass(x[part], encoder, b_enc, threshold, None if scale is None else scale[part], slots, out)
     return encoded
 

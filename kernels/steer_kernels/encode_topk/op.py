@@ -8,9 +8,7 @@ from steer_kernels.encode_topk.torch_path import encode_topk_torch
 from steer_kernels.pre_activations import check_encoder, check_k
 
 
-def _checked(
-    x: torch.Tensor, encoder: torch.Tensor, b_enc: torch.Tensor, k: int, scale: torch.Tensor | None
-) -> None:
+def _checked(x: torch.Tensor, encoder: torch.Tensor, b_enc: torch.Tensor, k: int, scale: torch.Tensor | None) -> None:
     check_encoder(x, encoder, b_enc, scale)
     check_k(k, encoder.shape[0])
 

@@ -87,9 +87,11 @@ def _first_in_groups(ranked: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _first_by_sort(ranked: torch.Tensor, k: int) -> torch.Tensor:
-    by_value = ranked.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).sort(
-        dim=-1, descending=True, stable=True
-    ).indices
+    by_value = (
+        ranked.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        .sort(dim=-1, descending=True, stable=True)
+        .indices
+    )
     # A second stable sort moves NaN behind minus infinity.
     nan_last = ranked.isnan().gather(-1, by_value).byte().sort(dim=-1, stable=True).indices
     return by_value.gather(-1, nan_last)[:, :k]

@@ -2,11 +2,12 @@
 
 Three launches, none of which waits for the host:
 
-1. `_keep_first_of_tiles`: the matrix product, tile by tile; of each tile of 128 features a token keeps the first `slots`.
+1. `_keep_first_of_tiles`: the matrix product, tile by tile; of each tile of 128 features a token keeps the first
+   `slots`.
 2. `_select`: a program a token takes the k first of what was kept. The certificate: where a tile's last kept feature is
    not among these k, nothing that the tile dropped can be. A tile whose last kept feature was selected is *full*.
-3. `_run_full_tiles_again`: exits at once for tokens without a full tile, which nearly all are. For the others it computes
-   their full tiles again, bit for bit, and merges in what was dropped.
+3. `_run_full_tiles_again`: exits at once for tokens without a full tile, which nearly all are. For the others it
+   computes their full tiles again, bit for bit, and merges in what was dropped.
 
 A selected set of k holds at most k // slots full tiles, which bounds the list that the third launch walks.
 """
@@ -34,8 +35,9 @@ from steer_kernels.pre_activations import row_major
 from steer_kernels.tile_shapes import FEATURES, MAX_TOKENS, slots_per_tile, tile_shape
 from steer_kernels.triton_target import triton_backend
 
-MAX_KEPT = 32768
-"""Kept ranks that a program of `_select` holds in registers, 64 a thread at most."""
+MAX_KEPT = 16384
+"""Kept ranks that a program of `_select` holds in registers, 64 a thread at most. Tiles of larger SAEs keep fewer than
+they should, and are run again more often."""
 
 MAX_K = 1024
 
@@ -216,6 +218,11 @@ class EncodedTopK:
     full_tiles: torch.Tensor
 
 
+def default_slots(d_sae: int, k: int) -> int:
+    """Features that a tile keeps, so that tiles seldom have to be run again."""
+    return max(1, min(slots_per_tile(d_sae, k), MAX_KEPT // triton.cdiv(d_sae, FEATURES)))
+
+
 def workspace_pieces(tokens: int, d_sae: int, k: int, slots: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
     """Shapes and dtypes of a pass's scratch: what tiles keep; what is selected, and a tile beside it; full tiles."""
     return (
@@ -239,11 +246,10 @@ def encode_topk_triton(
     slots: features that a tile keeps, by default so many that tiles seldom have to be run again.
     """
     d_sae, x = encoder.shape[0], row_major(x)
-    slots = slots_per_tile(d_sae, k) if slots is None else slots
-    n_kept = triton.cdiv(d_sae, FEATURES) * slots
-    if k > MAX_K or n_kept > MAX_KEPT:
+    slots = default_slots(d_sae, k) if slots is None else slots
+    if k > MAX_K or triton.cdiv(d_sae, FEATURES) * slots > MAX_KEPT:
         raise ValueError(
-            f"k must be at most {MAX_K} and d_sae * {slots} / {FEATURES} at most {MAX_KEPT}, not k = {k}, d_sae = {d_sae}"
+            f"k must be at most {MAX_K} and d_sae at most {MAX_KEPT // slots * FEATURES}, not k = {k}, d_sae = {d_sae}"
         )
     encoded = EncodedTopK(
         values=torch.empty(x.shape[0], k, dtype=torch.float32, device=x.device),
