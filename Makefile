@@ -9,10 +9,10 @@ ARGS   ?=
 BIN    := $(VENV)/bin
 INPUTS := pyproject.toml scripts/install_engine.py
 
-.PHONY: serve test lint unit bench clean help
+.PHONY: serve test lint unit bench conformance ray kernels clean help
 
 help: ## Show this text
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 serve: $(VENV)/.installed ## Serve the embedded model on port 8000 (PORT=..., ARGS="...")
 	$(BIN)/steer-server serve --port $(PORT) $(ARGS)
@@ -21,7 +21,7 @@ test: lint $(VENV)/.dev-installed ## Run the whole test suite
 	$(BIN)/python -m pytest
 
 unit: $(VENV)/.dev-installed ## Run the tests that start no engine
-	$(BIN)/python -m pytest -m "not engine"
+	$(BIN)/python -m pytest -m "not engine and not compiles and not interprets"
 
 lint: $(VENV)/.dev-installed ## Run ruff, mypy and hadolint
 	$(BIN)/ruff check .
@@ -32,8 +32,18 @@ lint: $(VENV)/.dev-installed ## Run ruff, mypy and hadolint
 bench: $(VENV)/.dev-installed ## Measure the serving overhead against vanilla vLLM
 	$(BIN)/python benchmarks/serving_overhead.py
 
-clean: ## Remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+conformance: ## Write the SAE fixtures anew with the libraries they come from, and compare
+	$(PYTHON) -m tests.conformance
+
+ray: $(VENV)/.dev-installed ## Install Ray and run the tests on a cluster of two workers
+	$(BIN)/python -m pip install --quiet 'ray[data]>=2.60'
+	$(BIN)/python -m pytest tests/e2e/test_batch_ray.py
+
+kernels: $(VENV)/.dev-installed ## Run the Triton kernels in the interpreter and compile them for GPUs that are not here
+	$(BIN)/python -m pytest -m "compiles or interprets" tests/kernels
+
+clean: ## Remove the virtual environments and caches
+	rm -rf $(VENV) .conformance .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -3,28 +3,46 @@
 Knows files and equations; knows neither HTTP nor vLLM.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 
-from sae_models.families import saelens
+from sae_models.checkpoint import PICKLES, Checkpoint, OpenPickle
+from sae_models.errors import SAEFormatError
+from sae_models.families import FAMILIES
 from sae_models.hook_points import HookPoint
-from sae_models.sae import SAE, FeatureRows, SAEFormatError
+from sae_models.options import LoadOptions, split_location
+from sae_models.sae import SAE, FeatureRows
+from sae_models.selection import Selection
 
-__all__ = ["SAE", "FeatureRows", "HookPoint", "SAEFormatError", "load"]
-
-FAMILIES = (saelens,)
+__all__ = ["SAE", "FeatureRows", "HookPoint", "LoadOptions", "SAEFormatError", "Selection", "load"]
 
 
-def load(path: Path | str) -> SAE:
-    """Open the checkpoint at `path`, a folder in the format of a supported family.
+def load(location: Path | str, options: LoadOptions | None = None, open_pickle: OpenPickle | None = None) -> SAE:
+    """Open the checkpoint at `location`, a folder or a file of a supported family; a string may end in `?OPTIONS`.
 
-    Weights stay on disk until rows of them are asked for. Raises SAEFormatError when the folder is of no supported
-    family, or is of one and does not hold together.
+    Weights stay on disk until rows of them are asked for. open_pickle: how tensors are read out of a pickle; without
+    it, as in a server, pickles are refused. Raises SAEFormatError when the files are of no supported family, or are of
+    one and do not hold together.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise SAEFormatError(f"{folder}: no such folder")
+    if isinstance(location, str):
+        name, found = split_location(location)
+        path, options = Path(name), found if options is None else options
+    else:
+        path = location
+    if not path.exists():
+        raise SAEFormatError(f"{path}: no such file or folder")
+    checkpoint = Checkpoint(path, options or LoadOptions(), open_pickle)
     for family in FAMILIES:
-        if family.detect(folder):
-            return family.load(folder)
-    known = ", ".join(f"{family.NAME} ({family.FILES})" for family in FAMILIES)
-    raise SAEFormatError(f"{folder}: not a checkpoint of a supported family; supported: {known}")
+        if family.detect(checkpoint):
+            try:
+                sae: SAE = family.load(checkpoint)
+                checkpoint.refuse_unused_options()
+            except SAEFormatError:
+                checkpoint.discard()
+                raise
+            return sae
+    if path.suffix in PICKLES and open_pickle is None:
+        raise checkpoint.pickle_error(path)
+    known = "; ".join(f"{family.NAME} ({family.LAYOUT})" for family in FAMILIES)
+    raise SAEFormatError(f"{path}: not a checkpoint of a supported family; supported: {known}")

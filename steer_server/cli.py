@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperCommand
 
 from steer_server import __version__
 from steer_server.engine.environment import offline_environment, vllm_environment
@@ -40,7 +41,11 @@ Model = Annotated[
 ]
 Sae = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME=PATH", help="An SAE to serve, by the name that requests use. Repeatable."),
+    typer.Option(
+        metavar="NAME=PATH",
+        help="An SAE to serve, by the name that requests use: a folder or file of any published family, or "
+        "hf://OWNER/REPO/PATH; what its files leave out goes behind it as ?OPTIONS (docs/sae-families.md). Repeatable.",
+    ),
 ]
 PretrainedSaes = Annotated[
     bool, typer.Option("--pretrained-saes/--no-pretrained-saes", help="Serve the shipped SAEs of this model, if any.")
@@ -106,7 +111,21 @@ def serve(
     os.execv(sys.executable, [sys.executable, "-m", "steer_server.engine.vllm_compat.vllm_cli", "serve", *command])
 
 
-@app.command(context_settings=PASS_THROUGH)
+class WholeFlags(TyperCommand):
+    """A command with short options of its own that leaves vLLM's flags of one dash, such as -cc.mode=0, whole."""
+
+    MARK = "--"
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        marked = [self.MARK + arg if re.match("-[A-Za-z].", arg) else arg for arg in args]
+        return super().parse_args(ctx, marked)
+
+    @classmethod
+    def restored(cls, arguments: list[str]) -> list[str]:
+        return [arg.removeprefix(cls.MARK) if arg.startswith(f"{cls.MARK}-") else arg for arg in arguments]
+
+
+@app.command(cls=WholeFlags, context_settings=PASS_THROUGH)
 def batch(
     source: Annotated[
         str,
@@ -131,6 +150,14 @@ def batch(
     server: Annotated[
         str | None, typer.Option(metavar="URL", help="Let a running Steer Server answer instead of an engine here.")
     ] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Run the job on Ray Data; needs the extra `ray` on every machine.")
+    ] = False,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(metavar="ADDR", help="Of the Ray cluster. Default: $RAY_ADDRESS, or a new one here."),
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="With --ray: engines at a time.")] = 1,
     in_flight: Annotated[
         int | None,
         typer.Option(min=1, help="Rows being answered at a time. Default: twice --max-num-seqs, 64 with --server."),
@@ -157,7 +184,9 @@ def batch(
         parsed_sweep = parse_sweep(sweep or [])
     except SweepError as error:
         raise typer.BadParameter(str(error), param_hint="--sweep") from None
-    model, flags = _split_model(arguments or [])
+    if ray and server is not None:
+        raise typer.BadParameter("the server brings its own engines", param_hint="--ray")
+    model, flags = _split_model(WholeFlags.restored(arguments or []))
     options = steering_options(sae, pretrained_saes, steering_layers, steering_rows, steering_max_edits)
     command: list[str] = []
     if server is None:
@@ -179,7 +208,13 @@ def batch(
         options={"vllm": commands.deciding_flags(flags), "steering": deciding},
         result_stream=commands.protected_stdout(),
     )
-    raise typer.Exit(commands.run(settings, command, server, log_format, quiet))
+    cluster = None
+    if ray:
+        from steer_server.batch.cluster import Cluster, gpus_per_replica
+
+        cluster = Cluster(ray_address, concurrency, gpus_per_replica(flags) if _has_gpu() else 0)
+    report = commands.report_for(log_format, quiet)
+    raise typer.Exit(commands.run(commands.job_for(settings, command, server, cluster, report), report))
 
 
 @app.command(context_settings=PASS_THROUGH)
@@ -209,11 +244,11 @@ def doctor(
 
 
 def _print_checks(checks: list[dict[str, Any]]) -> None:
-    table = Table("layer", "error", "allowed", "compiled model", "verdict", title="steering self-test")
+    table = Table("site", "error", "allowed", "compiled model", "verdict", title="steering self-test")
     for check in checks:
         compiled = check["compiled_error"]
         table.add_row(
-            str(check["layer"]),
+            check["site"],
             f"{check['error']:.2e}",
             f"{check['allowed']:.2e}",
             "not compiled" if compiled is None else f"off by {compiled:.1e}",

@@ -30,7 +30,16 @@ def saes(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def oracle(model_dir, saes):
+def kinds(tmp_path_factory) -> dict[str, str]:
+    """Folder by name: random SAEs for the embedded model at every kind of place, of every kind."""
+    from tests.e2e.saes import every_kind
+
+    folders = every_kind(tmp_path_factory.mktemp("kinds"), 576, 256, [3, 7, 11, 13, 14, 16, 18, 20, 21])
+    return {name: str(folder) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="session")
+def oracle(model_dir, saes, kinds):
     from tests.oracle.hf_oracle import Oracle
 
-    return Oracle(model_dir, saes)
+    return Oracle(model_dir, saes | kinds)

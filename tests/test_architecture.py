@@ -83,9 +83,52 @@ def test_the_request_schema_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+CONVERTS = ROOT / "steer_server" / "sae" / "convert_pickle.py"
+"""The one module that opens pickles, in a process of its own."""
+
+UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+
+
+def calls(path):
+    """(dotted name, keyword arguments) of every call."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+
+
 def test_nothing_unpickles():
     for package in (ROOT / "steer_server", ROOT / "sae_models", ROOT / "kernels"):
         for path in package.rglob("*.py"):
-            text = path.read_text()
-            for forbidden in ("torch.load(", "pickle", "allow_pickle=True", "joblib", "marshal"):
-                assert forbidden not in text, f"{path}: {forbidden}"
+            for name in imports(path):
+                assert name.partition(".")[0] not in UNPICKLERS, f"{path} imports {name}"
+                assert name != "torch.load", f"{path} imports {name}"
+            for name, keywords in calls(path):
+                assert keywords.get("allow_pickle", "False") == "False", f"{path}: {name}(allow_pickle=...)"
+                assert name != "torch.load" or path == CONVERTS, f"{path} calls torch.load"
+
+
+def test_the_one_module_that_unpickles_reads_tensors_only():
+    (keywords,) = (keywords for name, keywords in calls(CONVERTS) if name == "torch.load")
+    assert keywords["weights_only"] == "True"
+
+
+def test_nothing_imports_the_module_that_unpickles():
+    """It is run as a process; an import of it anywhere would bring pickles to where it is imported."""
+    for package in (ROOT / "steer_server", ROOT / "sae_models", ROOT / "kernels"):
+        for path in package.rglob("*.py"):
+            named = [name for name in imports(path) if "convert_pickle" in name.split(".")]
+            assert not named, f"{path} imports {named}"
+            runs = "convert_pickle" in path.read_text() and path != CONVERTS
+            assert not runs or path == CONVERTS.with_name("convert.py"), f"{path} names convert_pickle"
+
+
+def test_a_server_does_not_have_the_module_that_unpickles():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, steer_server.cli, steer_server.plugin, steer_server.api.middleware, steer_server.engine.worker;"
+        "import steer_server.sae.commands, steer_server.sae.convert;"
+        "sys.exit(any('convert_pickle' in name for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 
 from sae_models.features.feature import QUANTILES, Feature
-from sae_models.sae import Architecture
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -34,23 +33,6 @@ middle layers they say little."""
 
 # Activations are kept back to the longest span, so that a context can be widened to hold it.
 _BACK = max(WINDOW_BEFORE, SPAN_LENGTHS[-1] - 1)
-
-
-def activations(
-    pre: torch.Tensor, architecture: Architecture, k: int | None, threshold: torch.Tensor | None
-) -> torch.Tensor:
-    """Activations [n, d_sae] of pre-activations [n, d_sae], by SAELens' definitions.
-
-    standard: ReLU. jumprelu: the value itself where it exceeds threshold [d_sae]. topk: ReLU of the k largest.
-    """
-    if architecture == "topk":
-        assert k is not None
-        top = pre.topk(k, dim=-1, sorted=False)
-        return torch.zeros_like(pre).scatter_(-1, top.indices, top.values.relu())
-    if architecture == "jumprelu":
-        assert threshold is not None
-        return torch.where(pre > threshold, pre, 0.0)
-    return pre.relu()
 
 
 class Histogram:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, get_args
 
-from sae_models import SAE, HookPoint
+from sae_models import SAE
 from steer_server import __version__
 from steer_server.engine.admission import Admission
 from steer_server.spec import FEATURE_OPS, UNITS, VECTOR_OPS, InlineTensor, Phase
@@ -26,7 +26,7 @@ def capabilities(
         "d_model": config.d_model,
         "n_layers": config.n_layers,
         "layers": list(config.layers),
-        "hook_points": [str(HookPoint(layer)) for layer in config.layers],
+        "hook_points": list(config.sites),
         "saes": [_described(name, sae, name in searchable) for name, sae in admission.catalog.saes.items()],
         "features": {"ops": list(FEATURE_OPS), "units": list(UNITS)},
         "vectors": {
@@ -44,7 +44,7 @@ def capabilities(
         },
         "self_test": {
             "workers": len(checks),
-            "layers": [check["layer"] for check in checks[0]],
+            "layers": sorted({check["layer"] for check in checks[0]}),
             "passed": all(check["passed"] for worker in checks for check in worker),
         },
     }
@@ -55,9 +55,12 @@ def _described(name: str, sae: SAE, searchable: bool) -> dict[str, Any]:
         "name": name,
         "architecture": sae.architecture,
         "d_sae": sae.d_sae,
-        "k": sae.k,
+        "k": None if sae.selection is None else sae.selection.k,
         "layer": sae.hook_point.layer,
         "hook_point": str(sae.hook_point),
+        "hook_points": [str(point) for point in sae.hook_points],
+        "hook_points_out": [str(point) for point in sae.hook_points_out],
+        "token_norm": sae.token_norm,
         "skip_first": sae.skip_first,
         "sha256": sae.sha256,
         "searchable": searchable,

@@ -8,10 +8,13 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from starlette.datastructures import State
 
+from steer_server.api.batch_service import start_batches
+from steer_server.api.batches import router as batches_router
 from steer_server.api.capabilities import capabilities
 from steer_server.api.errors import handle_steering_error
 from steer_server.api.features import open_stores
 from steer_server.api.features import router as features_router
+from steer_server.api.files import router as files_router
 from steer_server.api.middleware import SteeringMiddleware
 from steer_server.engine.vllm_compat.errors import SteeringRequestError
 from steer_server.engine.vllm_compat.frontend import admission_of
@@ -34,7 +37,9 @@ class SteeringEndpoint:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        app.include_router(router)
+        self._app = app
+        for included in (router, files_router, batches_router):
+            app.include_router(included)
         app.add_middleware(SteeringMiddleware)
         app.add_exception_handler(SteeringRequestError, handle_steering_error)
 
@@ -49,3 +54,5 @@ class SteeringEndpoint:
         name = (served[0] if isinstance(served, list) else served) or engine_client.model_config.model
         state.steering_features = open_stores(admission.catalog.saes)
         state.steering = capabilities(name, admission, checks, searchable=state.steering_features.keys())
+        # An application that was built to run a batch itself does not take up the server's.
+        state.steering_batches = start_batches(self._app, args) if getattr(args, "serves_batches", True) else None

@@ -8,7 +8,15 @@ from fastapi.responses import JSONResponse
 from steer_server.engine.vllm_compat.errors import SteeringRequestError
 from steer_server.spec import SteeringError
 
-TYPES = {400: "BadRequestError", 404: "NotFoundError", 429: "RateLimitError", 503: "ServiceUnavailableError"}
+TYPES = {
+    400: "BadRequestError",
+    404: "NotFoundError",
+    409: "ConflictError",
+    411: "LengthRequiredError",
+    413: "PayloadTooLargeError",
+    429: "RateLimitError",
+    503: "ServiceUnavailableError",
+}
 
 
 def error_response(error: SteeringError) -> JSONResponse:

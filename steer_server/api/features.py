@@ -23,7 +23,7 @@ MAX_QUERY = 500
 
 def open_stores(saes: Mapping[str, SAE]) -> dict[str, FeatureStore]:
     """The evidence that lies beside each SAE's weights, by the SAE's name. Raises FeatureStoreError."""
-    paths: dict[str, Path] = {name: sae.weights.parent / FILE_NAME for name, sae in saes.items()}
+    paths: dict[str, Path] = {name: sae.folder / FILE_NAME for name, sae in saes.items()}
     return {name: FeatureStore(path, saes[name].sha256) for name, path in paths.items() if path.is_file()}
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, Literal
 
-from steer_server.batch.engines import Engine, local_engine, server_engine
+from steer_server.batch.cluster import Cluster
+from steer_server.batch.engines import local_engine, server_engine
 from steer_server.batch.job import JobError
 from steer_server.batch.local_job import Settings, run_job
 from steer_server.batch.reports import BarReport, JsonReport, QuietReport, Report, engine_lines_as_json
 from steer_server.batch.row_file import RowFileError
 from steer_server.batch.runner import EngineStoppedError
 from steer_server.batch.sources import SourceError
+from steer_server.batch.summary import Summary
 from steer_server.batch.verified_file import InputChangedError
 
 SOME_FAILED = 2
@@ -61,19 +63,23 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def run(
-    settings: Settings, arguments: list[str], server: str | None, log_format: Literal["bar", "json"], quiet: bool
-) -> int:
-    """The exit status: 0, 2 where rows failed. Prints why a job could not run, and gives 1.
+def job_for(
+    settings: Settings, arguments: list[str], server: str | None, cluster: Cluster | None, report: Report
+) -> Coroutine[Any, Any, Summary]:
+    """arguments: of `vllm serve`. server: the URL of a running one, which answers instead. cluster: where to run."""
+    if cluster is not None:
+        from steer_server.batch.ray_job import run_ray_job
 
-    arguments: of `vllm serve`, for an engine in this process; not used with `server`, the URL of a running one.
-    """
-    report = _report(log_format, quiet)
-    engine: AbstractAsyncContextManager[Engine] = (
-        local_engine(arguments) if server is None else server_engine(server, settings.in_flight)
-    )
+        return run_ray_job(settings, arguments, cluster, report)
+    if server is not None:
+        return run_job(settings, server_engine(server, settings.in_flight), report)
+    return run_job(settings, local_engine(arguments), report)
+
+
+def run(job: Coroutine[Any, Any, Summary], report: Report) -> int:
+    """The exit status: 0, 2 where rows failed, 1 where the job could not run to its end; the report then says why."""
     try:
-        summary = asyncio.run(_interruptible(settings, engine, report))
+        summary = asyncio.run(_interruptible(job))
     except (JobError, SourceError, RowFileError, InputChangedError, EngineStoppedError) as failure:
         report.stopped(str(failure))
         return 1
@@ -87,15 +93,15 @@ def run(
     return SOME_FAILED if summary.failed + summary.failed_earlier else 0
 
 
-async def _interruptible(settings: Settings, engine: AbstractAsyncContextManager[Engine], report: Report) -> Any:
+async def _interruptible(job: Coroutine[Any, Any, Summary]) -> Summary:
     task = asyncio.current_task()
     assert task is not None
     # SIGINT does the same by itself.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    return await run_job(settings, engine, report)
+    return await job
 
 
-def _report(log_format: Literal["bar", "json"], quiet: bool) -> Report:
+def report_for(log_format: Literal["bar", "json"], quiet: bool) -> Report:
     if quiet:
         return QuietReport()
     if log_format == "json":

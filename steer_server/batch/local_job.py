@@ -68,16 +68,12 @@ async def run_job(settings: Settings, engine: AbstractAsyncContextManager[Engine
     if not settings.resume:
         files.check_new()
     source = FileSource(settings.source)
-    facts = _facts(settings, source)
+    facts = job_facts(settings, source)
     created = not files.rows.exists()
-    if created and files.output.exists():
-        raise JobError(f"{files.output} is complete, and {files.rows}, which it was made from, is gone")
     rows_file = RowFile(files.rows, files.format == "gzip")
     with rows_file:
         try:
-            resumed = None if created or rows_file.empty else load_job(files.job)
-            if resumed is not None:
-                _refuse_another({name: resumed.facts.get(name) for name in facts}, facts, files)
+            resumed = resumed_job(files, facts, begun=not rows_file.empty)
             report.stage("starting the engine")
             async with engine as started:
                 facts |= {"engine": await started.facts()}
@@ -86,7 +82,7 @@ async def run_job(settings: Settings, engine: AbstractAsyncContextManager[Engine
                 job = resumed or new_job(facts)
                 if resumed is None:
                     save_job(files.job, job)
-                finished, summary = _finished(rows_file, job, settings.retry_errors)
+                finished, summary = finished_rows(rows_file, job, settings.retry_errors)
                 total = source.total * settings.sweep.count
                 rows = read_rows(source.lines(), finished, settings.sweep)
                 await _run(job, rows, started, rows_file, settings, total, summary, report)
@@ -96,7 +92,7 @@ async def run_job(settings: Settings, engine: AbstractAsyncContextManager[Engine
             raise
         if files.format == "parquet":
             report.stage("writing Parquet")
-            await asyncio.to_thread(_write_parquet, files, rows_file, job, settings.sweep)
+            await asyncio.to_thread(write_parquet, files, rows_file, job, settings.sweep)
     return summary
 
 
@@ -121,7 +117,7 @@ async def _run_stream(settings: Settings, engine: AbstractAsyncContextManager[En
             total = None if source.total is None else source.total * settings.sweep.count
             await _run(job, rows, started, output, settings, total, summary, report)
         if files is not None and files.format == "parquet" and isinstance(output, RowFile):
-            await asyncio.to_thread(_write_parquet, files, output, job, settings.sweep)
+            await asyncio.to_thread(write_parquet, files, output, job, settings.sweep)
     return summary
 
 
@@ -147,12 +143,26 @@ async def _run(
         summary.stop()
 
 
-def _facts(settings: Settings, source: FileSource) -> dict[str, Any]:
+def job_facts(settings: Settings, source: FileSource) -> dict[str, Any]:
     return {
         "input": {"sha256": source.fingerprint.sha256, "bytes": source.fingerprint.size, "format": source.format},
         "sweep": settings.sweep.as_json(),
         "options": settings.options,
     }
+
+
+def resumed_job(files: OutputFiles, facts: dict[str, Any], begun: bool) -> Job | None:
+    """The job that the output was begun by, None where nothing was begun. Raises JobError where that was another.
+
+    facts: what is known of this one before an engine has started.
+    """
+    if not begun:
+        if files.output.exists() and files.output != files.rows:
+            raise JobError(f"{files.output} is complete, and {files.rows}, which it was made from, is gone")
+        return None
+    job = load_job(files.job)
+    _refuse_another({name: job.facts.get(name) for name in facts}, facts, files)
+    return job
 
 
 def _refuse_another(before: dict[str, Any], now: dict[str, Any], files: OutputFiles) -> None:
@@ -161,7 +171,7 @@ def _refuse_another(before: dict[str, Any], now: dict[str, Any], files: OutputFi
         raise JobError(f"{files.output} holds the rows of another job and cannot be resumed: {'; '.join(changed)}")
 
 
-def _finished(rows_file: RowFile, job: Job, retry_errors: bool) -> tuple[RowSet, Summary]:
+def finished_rows(rows_file: RowFile, job: Job, retry_errors: bool) -> tuple[RowSet, Summary]:
     """Which rows stand in the file already. retry_errors: take those out that failed. Raises RowFileError."""
     finished, failed = RowSet(), 0
 
@@ -189,7 +199,7 @@ def _finished(rows_file: RowFile, job: Job, retry_errors: bool) -> tuple[RowSet,
     return finished, Summary(finished_earlier=len(finished), failed_earlier=failed)
 
 
-def _write_parquet(files: OutputFiles, rows_file: RowFile, job: Job, sweep: Sweep) -> None:
+def write_parquet(files: OutputFiles, rows_file: RowFile, job: Job, sweep: Sweep) -> None:
     from steer_server.batch.parquet import write_results, write_tidy
 
     if sweep.names:

@@ -43,6 +43,7 @@ class RowFile:
         except (BlockingIOError, FileNotFoundError):
             os.close(self._file)
             raise RowFileError(f"{path} is being written by another run") from None
+        sync_folder(path.parent)
 
     def __enter__(self) -> RowFile:
         return self

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Protocol
 
@@ -19,6 +20,9 @@ MAX_GROUP = 1024
 """Result lines that may wait for the disk."""
 
 BUSY = (429, 503)
+ABORTED = (b'"finish_reason":"abort"', b'"status":"cancelled"')
+"""In an answer that a server gave up, as one that shuts down does. In JSON strings these quotes would be escaped."""
+
 PATIENCE = 600.0
 """Seconds for which a row is asked again where the server has no room for it."""
 
@@ -65,7 +69,7 @@ async def run_rows(
             failed.set_exception(error)
 
     async def start_all() -> None:
-        while (group := await asyncio.to_thread(next, rows, None)) is not None:
+        while (group := await _next_group(rows)) is not None:
             for row in group:
                 if isinstance(row, Refused):
                     await results.put(refused_result(job, row))
@@ -99,6 +103,33 @@ async def run_rows(
             await writer
 
 
+async def _next_group(rows: Rows) -> list[Request | Refused] | None:
+    """Read from a thread that may be left behind: a silent pipe must not keep a job from stopping."""
+    loop = asyncio.get_running_loop()
+    read: asyncio.Future[list[Request | Refused] | None] = loop.create_future()
+
+    def settle(group: list[Request | Refused] | None, error: BaseException | None) -> None:
+        if read.cancelled():
+            return
+        if error is None:
+            read.set_result(group)
+        else:
+            read.set_exception(error)
+
+    def work() -> None:
+        group, error = None, None
+        try:
+            group = next(rows, None)
+        except Exception as failed:
+            error = failed
+        with contextlib.suppress(RuntimeError):
+            # The loop may be closed by now.
+            loop.call_soon_threadsafe(settle, group, error)
+
+    threading.Thread(target=work, name="batch-read", daemon=True).start()
+    return await read
+
+
 async def _write(results: asyncio.Queue[Result], output: Output, finished: Callable[[Result], None]) -> None:
     while True:
         group = [await results.get()]
@@ -112,11 +143,12 @@ async def _write(results: asyncio.Queue[Result], output: Output, finished: Calla
 
 
 async def answer_patiently(answer: AnswerRow, row: Request) -> Answer:
-    """Ask again where there was no room: of that a batch has time to wait."""
+    """Ask again where there was no room or the answer was given up: a batch has time to wait."""
     waited, pause = 0.0, 0.25
     while True:
         answered = await answer(row)
-        if answered.status not in BUSY or waited >= PATIENCE:
+        again = answered.status in BUSY or any(mark in answered.body for mark in ABORTED)
+        if not again or waited >= PATIENCE:
             return answered
         pause = min(answered.retry_after or 2 * pause, 30.0)
         await asyncio.sleep(pause)

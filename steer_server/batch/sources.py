@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
-import sys
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,25 +68,25 @@ class StandardInput:
 
     total = None
 
+    def __init__(self, descriptor: int = 0) -> None:
+        self._descriptor = descriptor
+
     def lines(self) -> Iterator[list[bytes]]:
-        stream: Any = sys.stdin.buffer
         kept: list[bytes] = []
         kept_bytes = 0
-        first = True
-        while piece := stream.read1(GROUP_BYTES):
-            if first:
-                piece, first = piece.removeprefix(_BOM), False
+        mark = _BOM
+        while piece := os.read(self._descriptor, GROUP_BYTES):
             head, newline, tail = piece.rpartition(b"\n")
             if newline:
-                whole = b"".join([*kept, head])
-                kept, kept_bytes = [], 0
+                whole = b"".join([*kept, head]).removeprefix(mark)
+                kept, kept_bytes, mark = [], 0, b""
                 if lines := [line for line in whole.split(b"\n") if line.strip()]:
                     yield lines
             # Of a line without an end only so much is kept as shows that it is too long.
             if kept_bytes <= MAX_LINE_BYTES:
                 kept.append(tail)
                 kept_bytes += len(tail)
-        last = b"".join(kept)
+        last = b"".join(kept).removeprefix(mark)
         if last.strip():
             yield [last]
 

@@ -2,5 +2,6 @@
 
 from steer_server.catalog.catalog import Catalog, CatalogError, open_catalog
 from steer_server.catalog.find_sae import find_sae
+from steer_server.catalog.location import resolve_location
 
-__all__ = ["Catalog", "CatalogError", "find_sae", "open_catalog"]
+__all__ = ["Catalog", "CatalogError", "find_sae", "open_catalog", "resolve_location"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from sae_models import SAE, SAEFormatError, load
+from sae_models import SAE, HookPoint, SAEFormatError, load
+from sae_models.hook_points import ARMABLE
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 
@@ -27,27 +27,34 @@ class Catalog:
         return {sae.sha256: sae for sae in self.saes.values()}
 
 
-def open_catalog(paths: Iterable[tuple[str, str]], d_model: int, layers: Iterable[int]) -> Catalog:
-    """Open the SAEs at `paths` (name, folder) and check that each fits the model.
+def open_catalog(locations: Iterable[tuple[str, str]], d_model: int, layers: Iterable[int]) -> Catalog:
+    """Open the SAEs at `locations` (name, local path with `?OPTIONS`) and check that each fits the model.
 
-    d_model: width of the residual stream. layers: the armed decoder layers. Raises CatalogError.
+    d_model: width of the residual stream. layers: the decoder layers that are armed, in which an SAE may be at any kind
+    of place that an engine can arm. Raises CatalogError.
     """
     armed = frozenset(layers)
     saes: dict[str, SAE] = {}
-    for name, path in paths:
+    for name, location in locations:
         if NAME.fullmatch(name) is None or len(name) > 128:
             raise CatalogError(f"SAE name {name!r}: use letters, digits, '.', '_', '-' and '/', 128 characters at most")
         if name in saes:
             raise CatalogError(f"SAE name {name!r} is given twice")
         try:
-            sae = load(Path(path))
+            sae = load(location)
         except SAEFormatError as error:
             raise CatalogError(f"SAE {name!r}: {error}") from None
-        if sae.d_in != d_model:
-            raise CatalogError(f"SAE {name!r} is for d_model={sae.d_in}, the model has {d_model}")
-        if sae.hook_point.layer not in armed:
-            raise CatalogError(
-                f"SAE {name!r} acts at {sae.hook_point}, which is not armed; armed layers: {sorted(armed)}"
-            )
+        for point in (*sae.hook_points, *sae.hook_points_out):
+            if not point.armable:
+                kinds = ", ".join(str(HookPoint(point.layer, kind)) for kind in ARMABLE if kind != "resid_pre")
+                raise CatalogError(
+                    f"SAE {name!r} acts at {point}, which cannot be armed; what can, of each layer: {kinds}; and "
+                    f"{HookPoint(0, 'resid_pre')}"
+                )
+            if point.layer not in armed:
+                raise CatalogError(f"SAE {name!r} acts at {point}, which is not armed; armed layers: {sorted(armed)}")
+        for width in (sae.d_in, sae.d_out):
+            if width != d_model:
+                raise CatalogError(f"SAE {name!r} is for d_model={width}, the model has {d_model}")
         saes[name] = sae
     return Catalog(saes)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from sae_models import SAE, SAEFormatError, load
 from sae_models.pretrained import pretrained_saes
 from steer_server.catalog.catalog import CatalogError
+from steer_server.catalog.location import resolve_location
 
 
-def find_sae(name_or_folder: str) -> SAE:
-    """A shipped SAE by name, or the one in a folder. Raises CatalogError that lists the shipped ones."""
+def find_sae(name: str) -> SAE:
+    """A shipped SAE by name, or the one at a location, see `resolve_location`. Raises CatalogError."""
     shipped = {sae.name: sae for sae in pretrained_saes()}
-    if name_or_folder in shipped:
-        return shipped[name_or_folder]
+    if name in shipped:
+        return shipped[name]
     try:
-        return load(Path(name_or_folder).expanduser())
-    except SAEFormatError as error:
-        names = ", ".join(shipped)
-        raise CatalogError(
-            f"SAE {name_or_folder!r} is not one that ships ({names}), and as a folder: {error}"
-        ) from None
+        return load(resolve_location(name))
+    except (SAEFormatError, CatalogError) as error:
+        raise CatalogError(f"SAE {name!r} is not one that ships ({', '.join(shipped)}): {error}") from None

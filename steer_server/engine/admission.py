@@ -74,12 +74,12 @@ class Sequence:
         self.admitted = admitted
         self._prompt_len = prompt_len
         self._computed = TokenSpans()
-        self._missing: set[int] = set()
+        self._missing: set[str] = set()
 
-    def add_report(self, spans: list[tuple[int, int]], missing_layers: list[int]) -> None:
+    def add_report(self, spans: list[tuple[int, int]], missing_sites: list[str]) -> None:
         for start, end in spans:
             self._computed.add(start, end)
-        self._missing.update(missing_layers)
+        self._missing.update(missing_sites)
 
     def finish(self, num_output_tokens: int, aborted: bool) -> None:
         """Close the sequence and add it to the request's receipt.
@@ -95,7 +95,8 @@ class Sequence:
         if aborted:
             return
         if self._missing:
-            raise NotAppliedError(f"steering was not applied at layers {sorted(self._missing)}; the answer is withheld")
+            sites = ", ".join(sorted(self._missing))
+            raise NotAppliedError(f"steering was not applied at {sites}; the answer is withheld")
         if self._computed.end < length:
             raise NotAppliedError(
                 f"steering was counted up to token {self._computed.end} of {length}; the answer is withheld"

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sae_models import HookPoint
 from sae_models.pretrained import pretrained_for
+from steer_server.catalog import open_catalog, resolve_location
 from steer_server.plan import Limits
 
 DEFAULT_MAX_EDITS = 32
@@ -34,7 +35,7 @@ class SteeringOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     layers: list[int] | None = Field(None, description="Decoder layers to arm, from 0. Default: all.")
-    saes: dict[str, str] = Field({}, description="Folder of an SAE by the name that requests use.")
+    saes: dict[str, str] = Field({}, description="Where an SAE is, by the name that requests use: PATH[?OPTIONS].")
     pretrained: bool = Field(True, description="Load the shipped SAEs that were trained on this model.")
     rows: int | None = Field(None, ge=1, description="Capacity of the row bank. Default: enough for every batch.")
     max_edits: int | None = Field(None, ge=1, le=1 << 20, description="Edit rows that one request may use.")
@@ -56,11 +57,14 @@ class ModelFacts:
 class SteeringConfig:
     """Resolved: the same in every process of the engine.
 
-    saes: (name, folder). rows: capacity of the row bank. budget: rows that one front end may have admitted at a time;
-    None where the bank holds every batch that vLLM can schedule, so nothing needs counting.
+    layers: decoder layers whose outputs are armed. sites: the armed hook points, in TransformerLens' spelling: those
+    outputs and what else the SAEs need. A site's number is its place here.
+    saes: (name, local path with its options). rows: capacity of the row bank. budget: rows that one front end may have
+    admitted at a time; None where the bank holds every batch that vLLM can schedule, so nothing needs counting.
     """
 
     layers: tuple[int, ...]
+    sites: tuple[str, ...]
     saes: tuple[tuple[str, str], ...]
     d_model: int
     n_layers: int
@@ -74,18 +78,20 @@ class SteeringConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able, for `additional_config`."""
-        return {"resolved": asdict(self) | {"layers": list(self.layers), "saes": [list(sae) for sae in self.saes]}}
+        lists = {"layers": list(self.layers), "sites": list(self.sites), "saes": [list(sae) for sae in self.saes]}
+        return {"resolved": asdict(self) | lists}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> SteeringConfig:
         resolved = dict(data["resolved"])
         resolved["layers"] = tuple(resolved["layers"])
+        resolved["sites"] = tuple(resolved["sites"])
         resolved["saes"] = tuple((name, path) for name, path in resolved["saes"])
         return SteeringConfig(**resolved)
 
     def graph_factors(self) -> dict[str, Any]:
         """The part that changes the compiled graph; the rest must not cost a recompilation."""
-        return {"steering": {"op": OP_VERSION, "layers": list(self.layers)}}
+        return {"steering": {"op": OP_VERSION, "sites": list(self.sites)}}
 
 
 def parse_options(value: object) -> SteeringOptions:
@@ -100,7 +106,7 @@ def parse_options(value: object) -> SteeringOptions:
 
 
 def resolve_config(options: SteeringOptions, model: ModelFacts) -> SteeringConfig:
-    """Defaults filled in and everything checked against the model. Raises ConfigError."""
+    """Defaults filled in and everything checked against the model. Raises ConfigError, and CatalogError for SAEs."""
     layers = tuple(range(model.n_layers)) if options.layers is None else tuple(sorted(set(options.layers)))
     if not layers or layers[0] < 0 or layers[-1] >= model.n_layers:
         raise ConfigError(f"steering layers {list(layers)}: {model.name} has decoder layers 0 to {model.n_layers - 1}")
@@ -114,13 +120,17 @@ def resolve_config(options: SteeringOptions, model: ModelFacts) -> SteeringConfi
             f"steering rows {rows}: one request may need {max_edits * ROWS_PER_EDIT} (max_edits {max_edits} x "
             f"{ROWS_PER_EDIT}) in each of {model.frontends} API server(s); give at least {needed}"
         )
-    saes = {name: str(Path(path).expanduser().resolve()) for name, path in options.saes.items()}
+    saes = {name: resolve_location(location) for name, location in options.saes.items()}
     if options.pretrained:
         for sae in pretrained_for(model.name):
-            if sae.d_in == model.d_model and sae.hook_point.layer in layers:
-                saes.setdefault(sae.name, str(sae.weights.parent))
+            if sae.d_in == model.d_model and all(point.layer in layers for point in sae.hook_points):
+                saes.setdefault(sae.name, str(sae.folder))
+    points = {HookPoint(layer) for layer in layers}
+    for sae in open_catalog(saes.items(), model.d_model, layers).saes.values():
+        points.update(sae.hook_points, sae.hook_points_out)
     return SteeringConfig(
         layers=layers,
+        sites=tuple(str(point) for point in sorted(points)),
         saes=tuple(saes.items()),
         d_model=model.d_model,
         n_layers=model.n_layers,

@@ -10,23 +10,25 @@ import numpy.typing as npt
 import torch
 
 from sae_models import SAE
-from steer_kernels.apply_edits import CapturingSite, Site, SiteEdits, TopKEncoder, bind_sites, prepare_edits
+from steer_kernels.apply_edits import CapturingSite, Site, SiteEdits, TokenNorm, TopKEncoder, bind_sites, prepare_edits
 from steer_server.catalog import open_catalog
 from steer_server.engine.config import SteeringConfig
 from steer_server.engine.row_bank import Row, RowBank
 from steer_server.plan import DecoderRow, EncoderRow, InlineRow, Plan, RowRef
+
+NORMS = {"none": TokenNorm.NONE, "layer_norm": TokenNorm.LAYER_NORM, "constant_norm": TokenNorm.CONSTANT_NORM}
 
 
 @dataclass(frozen=True)
 class StepReport:
     """What one forward did.
 
-    spans: positions [start, end) computed with their edits, by request. missing_layers: armed layers that had work in
-    this forward and did not do it.
+    spans: positions [start, end) computed with their edits, by request. missing_sites: sites that had work in this
+    forward and did not do it.
     """
 
     spans: dict[str, tuple[int, int]]
-    missing_layers: list[int]
+    missing_sites: list[str]
 
 
 @dataclass(frozen=True)
@@ -70,39 +72,45 @@ class WorkerSteering:
         self.config = config
         self._saes: dict[str, SAE] = open_catalog(config.saes, config.d_model, config.layers).by_hash()
         self.bank = RowBank(config.rows, config.d_model, dtype, device)
-        self.encoders, self._encoder_index = _topk_encoders(self._saes, device)
-        self.sites: list[Site] = [Site(self.encoders) for _ in config.layers]
+        self.encoders, self._encoder_index = _encoders(self._saes, device)
+        self.sites: list[Site] = [Site() for _ in config.sites]
         self._capturing: list[CapturingSite] = []
-        self._site_of_layer = {layer: i for i, layer in enumerate(config.layers)}
+        self._site_number = {site: i for i, site in enumerate(config.sites)}
         self._requests: dict[str, _Request] = {}
         self._batch: dict[str, _Edits] = {}
         self._edits: _Edits | None = None
         self._table_key: tuple[bytes, ...] | None = None
         self._active: list[int] = []
+        """Sites that edit in the forward at hand."""
+        self._touched: set[int] = set()
+        """Those, and the sites that they read."""
         self._spans: dict[str, tuple[int, int]] = {}
         self._report: StepReport | None = None
 
     @property
     def nbytes(self) -> int:
         """Memory held for steering on the device."""
-        encoders = sum(e.W_enc.nbytes + e.b_enc.nbytes for e in self.encoders)
-        return self.bank.nbytes + encoders
+        return self.bank.nbytes + sum(encoder.nbytes for encoder in self.encoders)
 
     @property
     def has_work(self) -> bool:
         """Whether a forward needs its sites armed."""
         return bool(self._requests) or bool(self._capturing)
 
-    def capture(self, layers: Collection[int]) -> None:
-        """Keep the stream that leaves `layers` from the next forward on, of no layers: stop. Forgets what was kept."""
+    def capture(self, sites: Collection[str]) -> None:
+        """Keep the stream that leaves `sites` from the next forward on, of no sites: stop. Forgets what was kept.
+
+        Raises ValueError for a site that is not armed.
+        """
+        unknown = set(sites) - set(self.config.sites)
+        if unknown:
+            raise ValueError(f"{', '.join(sorted(unknown))} cannot be captured; armed: {', '.join(self.config.sites)}")
         self._clear_table()
-        self.sites = [
-            CapturingSite(self.encoders) if layer in layers else Site(self.encoders) for layer in self.config.layers
-        ]
+        self.sites = [CapturingSite() if site in sites else Site() for site in self.config.sites]
         self._capturing = [site for site in self.sites if isinstance(site, CapturingSite)]
 
     def take_captured(self) -> list[torch.Tensor]:
-        """For each captured layer, ascending, the stream of all forwards since the last call: [tokens, d_model]."""
+        """For each captured site, in their order, the stream of all forwards since the last call: [tokens, d_model]."""
         taken = []
         for site in self._capturing:
             taken.append(torch.cat(site.captured) if site.captured else torch.zeros(0, self.config.d_model))
@@ -134,8 +142,8 @@ class WorkerSteering:
         token = (np.cumsum(counts, dtype=np.int64) - counts)[index]
         self._spans = {request_id: (int(a), int(a + n)) for request_id, a, n in zip(ids, start, count, strict=True)}
         self._fill(start, count, token)
-        for i in self._active:
-            self.sites[i].runs = 0
+        for i in self._touched:
+            self.sites[i].start_forward()
         for site in self._capturing:
             site.tokens = int(np.sum(counts))
         bind_sites(self.sites)
@@ -143,7 +151,7 @@ class WorkerSteering:
     def end_step(self) -> None:
         """Disarm the sites: whatever vLLM runs between steps (warm-up, dummy batches) is not steered."""
         bind_sites(())
-        missing = [self.config.layers[i] for i in self._active if self.sites[i].runs != 1]
+        missing = [self.config.sites[i] for i in self._active if self.sites[i].runs != 1]
         self._report = StepReport(self._spans, missing) if self._spans else None
 
     def take_report(self) -> StepReport | None:
@@ -171,12 +179,19 @@ class WorkerSteering:
         active, begins = np.unique(site, return_index=True)
         self._active = active.tolist()
         for i, begin, end in zip(self._active, begins, np.append(begins, len(site))[1:], strict=True):
-            self.sites[i].edits = prepare_edits(rows.part(begin, end), self.bank.rows)
+            prepared = prepare_edits(rows.part(begin, end), self.bank.rows, self.encoders)
+            self.sites[i].edits = prepared
+            for reads in prepared.remote:
+                self.sites[reads.source].reads.append(reads)
+                self._touched.add(reads.source)
+        self._touched.update(self._active)
 
     def _clear_table(self) -> None:
-        for i in self._active:
+        for i in self._touched:
             self.sites[i].edits = None
+            self.sites[i].reads = []
         self._active = []
+        self._touched = set()
         self._table_key = None
 
     def _enter(self, ids: list[str]) -> None:
@@ -198,11 +213,12 @@ class WorkerSteering:
         response = np.array(
             [(e.response.scale, e.response.shift, e.response.low, e.response.high) for e in edits], dtype=np.float32
         ).reshape(-1, 4)
+        source = [-1 if e.read_site is None else self._site_number[e.read_site] for e in edits]
         encoder = [self._encoder_index.get(e.read.sae, -1) if isinstance(e.read, EncoderRow) else -1 for e in edits]
         return _Edits(
             first=intervals[:, 0],
             end=intervals[:, 1],
-            site=np.array([self._site_of_layer[e.layer] for e in edits], dtype=np.int64),
+            site=np.array([self._site_number[e.site] for e in edits], dtype=np.int64),
             owner=np.zeros(len(edits), dtype=np.int64),
             rows=SiteEdits(
                 start=np.zeros(len(edits), dtype=np.int64),
@@ -217,6 +233,8 @@ class WorkerSteering:
                 high=response[:, 3],
                 encoder=np.array(encoder, dtype=np.int64),
                 feature=np.array([getattr(e.read, "feature", 0) for e in edits], dtype=np.int64),
+                norm=np.array([NORMS[e.norm] for e in edits], dtype=np.int64),
+                source=np.array(source, dtype=np.int64),
                 preserve_norm=np.full(len(edits), plan.preserve_norm),
             ),
         )
@@ -230,13 +248,26 @@ class WorkerSteering:
         return Row(rows.encoder, rows.bias, rows.threshold)
 
 
-def _topk_encoders(saes: dict[str, SAE], device: torch.device) -> tuple[list[TopKEncoder], dict[str, int]]:
-    """The whole encoders of the TopK SAEs, which alone need them, and their numbers by SHA-256."""
+def _encoders(saes: dict[str, SAE], device: torch.device) -> tuple[list[TopKEncoder], dict[str, int]]:
+    """The whole encoders of the SAEs whose features are compared with each other, which alone need them, and their
+    numbers by SHA-256."""
     encoders: list[TopKEncoder] = []
     index: dict[str, int] = {}
     for sha256, sae in saes.items():
-        if sae.k is not None:
-            W_enc, b_enc = sae.encoder()
+        if sae.selection is not None:
             index[sha256] = len(encoders)
-            encoders.append(TopKEncoder(W_enc.to(device), b_enc.to(device), sae.k))
+            encoders.append(encoder_of(sae, device))
     return encoders, index
+
+
+def encoder_of(sae: SAE, device: torch.device) -> TopKEncoder:
+    """The whole encoder of an SAE with a selection, on `device`."""
+    selection = sae.selection
+    if selection is None:
+        raise ValueError(f"SAE {sae.name!r} selects nothing: each feature is decided by its own threshold")
+    W_enc, b_enc = sae.encoder()
+    router = None
+    if selection.routed:
+        W, b = sae.router()
+        router = W.to(device), b.to(device)
+    return TopKEncoder(W_enc.to(device), b_enc.to(device), selection.k, selection.groups, selection.absolute, router)

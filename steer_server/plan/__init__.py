@@ -1,4 +1,4 @@
-"""From a spec and a catalog to an immutable plan: edit rows per layer, fingerprint, cache keys."""
+"""From a spec and a catalog to an immutable plan: edit rows per site, fingerprint, cache keys."""
 
 from steer_server.plan.cache_keys import BlockKeys
 from steer_server.plan.limits import Limits

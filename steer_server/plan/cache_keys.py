@@ -20,8 +20,8 @@ class BlockKeys:
     def __init__(self, plan: Plan, prompt_len: int) -> None:
         by_target: dict[Target, list[bytes]] = {}
         for edit in plan.edits:
-            content = msgspec.msgpack.encode((edit.layer, edit.read, edit.write, edit.response))
-            by_target.setdefault(edit.target, []).append(content)
+            content = (edit.site, edit.read_site, edit.norm, edit.read, edit.write, edit.response)
+            by_target.setdefault(edit.target, []).append(msgspec.msgpack.encode(content))
         self._intervals = [
             (*target.interval(prompt_len), hashlib.sha256(msgspec.msgpack.encode((sorted(edits), plan.preserve_norm))))
             for target, edits in by_target.items()

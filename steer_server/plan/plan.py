@@ -7,6 +7,8 @@ from typing import Literal
 
 import msgspec
 
+TokenNorm = Literal["none", "layer_norm", "constant_norm"]
+
 UNBOUNDED = 1 << 62
 """End of a token interval that lasts as long as the sequence."""
 
@@ -69,13 +71,21 @@ class Target(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Edit(msgspec.Struct, frozen=True, array_like=True):
-    """One edit row: read f along `read` (None: f = 0), write g(f) - f along `write`, at the output of `layer`."""
+    """One edit row: read f along `read` (None: f = 0), write g(f) - f along `write`.
 
-    layer: int
+    site: the hook point that is written, in TransformerLens' spelling. read_site: the one that is read, earlier in the
+    same layer; None: `site`.
+    norm: the token norm of the SAE, of the stream that is read. What is written is scaled by it even where `read` is
+    None.
+    """
+
+    site: str
     read: RowRef | None
     write: RowRef
     response: Response
     target: Target
+    read_site: str | None = None
+    norm: TokenNorm = "none"
 
 
 class Plan(msgspec.Struct, frozen=True, array_like=True):
@@ -94,7 +104,7 @@ class Plan(msgspec.Struct, frozen=True, array_like=True):
     def build(edits: list[Edit], rows: dict[str, bytes], preserve_norm: bool) -> Plan:
         ordered = tuple(sorted(edits, key=msgspec.msgpack.encode))
         # Inline rows are named by their hashes in `edits`, SAEs likewise: the edits say it all.
-        digest = hashlib.sha256(msgspec.msgpack.encode(("steering plan 1", ordered, preserve_norm)))
+        digest = hashlib.sha256(msgspec.msgpack.encode(("steering plan 2", ordered, preserve_norm)))
         return Plan(ordered, rows, preserve_norm, f"sha256:{digest.hexdigest()}")
 
     def row_refs(self) -> frozenset[RowRef]:

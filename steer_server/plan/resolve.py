@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sae_models import SAE
+from sae_models import SAE, HookPoint
 from steer_server.catalog import Catalog
 from steer_server.plan.inline_tensors import decode_rows
 from steer_server.plan.limits import Limits
@@ -64,10 +64,10 @@ def resolve(
                     path,
                 )
         seen[sae.sha256, feature.index].append((target, path))
-        _check_count(len(edits) + 1, limits, path)
-        edits.append(_feature_edit(feature, sae, target))
-        layer = sae.hook_point.layer
-        entries.append(Entry(f"feature {feature.sae}/{feature.index}", feature.op, (layer,), target))
+        _check_count(len(edits) + len(sae.hook_points), limits, path)
+        edits += _feature_edits(feature, sae, target)
+        layers_of_sae = tuple(point.layer for point in sae.hook_points_out)
+        entries.append(Entry(f"feature {feature.sae}/{feature.index}", feature.op, layers_of_sae, target))
 
     for i, vector in enumerate(spec.vectors):
         path = f"{root}.vectors[{i}]"
@@ -136,33 +136,40 @@ def _target(entry: EntryApply | None, spec: Apply, sae: SAE | None, warnings: li
     return Target(phase, (source or spec).skip_first)
 
 
-def _feature_edit(feature: FeatureEdit, sae: SAE, target: Target) -> Edit:
+def _feature_edits(feature: FeatureEdit, sae: SAE, target: Target) -> list[Edit]:
+    """One for each place where the SAE is."""
     encoder, decoder = EncoderRow(sae.sha256, feature.index), DecoderRow(sae.sha256, feature.index)
-    layer, value = sae.hook_point.layer, feature.value if feature.value is not None else 0.0
-    if feature.op == "add":
-        # (f + a) - f does not depend on f: no encoder row is needed.
-        return Edit(layer, None, decoder, Response(shift=value), target)
+    value = feature.value if feature.value is not None else 0.0
     response = {
         "set": Response(scale=0.0, shift=value),
+        "add": Response(shift=value),
         "min": Response(low=value),
         "max": Response(high=value),
         "scale": Response(scale=value),
         "ablate": Response(scale=0.0),
     }[feature.op]
-    return Edit(layer, encoder, decoder, response, target)
+    # (f + a) - f does not depend on f: no encoder row is needed.
+    read = None if feature.op == "add" else encoder
+    edits = []
+    for point, point_out in zip(sae.hook_points, sae.hook_points_out, strict=True):
+        depends_on_stream = read is not None or sae.token_norm != "none"
+        read_site = str(point) if depends_on_stream and point != point_out else None
+        edits.append(Edit(str(point_out), read, decoder, response, target, read_site, sae.token_norm))
+    return edits
 
 
 def _vector_edit(vector: VectorEdit, layer: int, row: InlineRow, target: Target) -> Edit:
+    site = str(HookPoint(layer))
     if vector.op == "add":
-        return Edit(layer, None, row, Response(shift=1.0 if vector.strength is None else vector.strength), target)
+        return Edit(site, None, row, Response(shift=1.0 if vector.strength is None else vector.strength), target)
     if vector.op == "project_out":
-        return Edit(layer, row, row, Response(scale=0.0), target)
+        return Edit(site, row, row, Response(scale=0.0), target)
     if vector.op == "scale_along":
         assert vector.strength is not None
-        return Edit(layer, row, row, Response(scale=vector.strength), target)
+        return Edit(site, row, row, Response(scale=vector.strength), target)
     low = float("-inf") if vector.min is None else vector.min
     high = float("inf") if vector.max is None else vector.max
-    return Edit(layer, row, row, Response(low=low, high=high), target)
+    return Edit(site, row, row, Response(low=low, high=high), target)
 
 
 def _inline_rows(vector: VectorEdit, d_model: int, rows: dict[str, bytes], path: str) -> list[str]:

@@ -1,14 +1,16 @@
-"""`steer-server sae`: what the features of an SAE mean, and whether it serves as it should."""
+"""`steer-server sae`: what an SAE is, what its features mean, and whether it serves as it should."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from urllib.parse import urlencode
 
 import typer
 from rich.console import Console
@@ -24,13 +26,17 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="sae",
-    help="Explain, label and search the features of a sparse autoencoder, and measure its fidelity as served.",
+    help="Inspect and convert sparse autoencoders, explain, label and search their features, and measure their "
+    "fidelity as served.",
     no_args_is_help=True,
 )
 console = Console(stderr=True)
+NO_SITE = "not possible, the engine has no site there"
 T = TypeVar("T")
 
-SaeArgument = Annotated[str, typer.Argument(metavar="SAE", help="A shipped SAE by name, or the folder of one.")]
+SaeArgument = Annotated[
+    str, typer.Argument(metavar="SAE", help="A shipped SAE by name, or the folder or file of one, as PATH[?OPTIONS].")
+]
 StoreOption = Annotated[
     Path | None,
     typer.Option("--features", metavar="FILE", help="The SQLite file. Default: features.sqlite beside the weights."),
@@ -46,6 +52,85 @@ TextOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def inspect(sae: SaeArgument, as_json: JsonOption = False) -> None:
+    """Print what an SAE is: family, architecture, sizes, where it reads and writes, and the command that serves it."""
+    from sae_models.pretrained import pretrained_saes
+    from steer_server.sae.describe import describe
+
+    loaded, _ = _find(sae, None)
+    facts = describe(loaded, sae, shipped=sae in {shipped.name for shipped in pretrained_saes()})
+    if as_json:
+        typer.echo(json.dumps(facts, indent=1))
+        return
+    out = Console(highlight=False, markup=False, soft_wrap=True)
+    out.print(facts["name"], style="bold")
+    for title, text in _facts(facts):
+        out.print(f"{title + ':':<14} {text}")
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="A folder, file or hub id of an SAE of any family, as PATH[?OPTIONS].")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make, in SAELens' format.")],
+    hook: Annotated[
+        str | None, typer.Option(help="Where it reads, such as blocks.19.hook_resid_post; several with commas.")
+    ] = None,
+    hook_out: Annotated[str | None, typer.Option(help="Where a transcoder writes.")] = None,
+    norm: Annotated[float | None, typer.Option(help="Mean L2 norm of the activations it was trained on.")] = None,
+    norm_out: Annotated[float | None, typer.Option(help="The same of what a transcoder writes.")] = None,
+    k: Annotated[int | None, typer.Option(help="Active features per token, of a TopK SAE.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Of every feature, where it was never calibrated.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model that it was trained on.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights that are written: float32, bfloat16 or float16.")] = (
+        "float32"
+    ),
+) -> None:
+    """Write an SAE of any family as SAELens safetensors: pickles (.pt, .pth, .bin) above all, which no server opens.
+
+    A process of its own reads IN, tensors only, and runs nothing that is in it. OUT appears whole or not at all.
+    """
+    from sae_models import SAEFormatError
+    from sae_models.options import split_location
+    from steer_server.catalog import CatalogError, resolve_location
+    from steer_server.sae.convert import DTYPES, ConvertError
+    from steer_server.sae.convert import convert as convert_checkpoint
+    from steer_server.sae.describe import serve_command
+
+    given = {
+        "hook": hook, "hook_out": hook_out, "norm": norm, "norm_out": norm_out, "k": k, "threshold": threshold,
+        "model": model,
+    }  # fmt: skip
+    flags = {name: value for name, value in given.items() if value is not None}
+    if dtype not in DTYPES:
+        _fail(f"--dtype {dtype} is not supported; supported: {', '.join(DTYPES)}")
+    try:
+        location = f"{source}{'&' if '?' in source else '?'}{urlencode(flags)}" if flags else source
+        path, options = split_location(resolve_location(location, pickles=True))
+        with Progress(console=console, transient=True) as bars:
+            task = bars.add_task("writing features", total=None)
+            converted = convert_checkpoint(
+                Path(path),
+                out,
+                options,
+                dtype,
+                lambda done, of: bars.update(task, completed=done, total=of),
+            )
+    except (CatalogError, SAEFormatError, ConvertError) as error:
+        _fail(str(error))
+    loaded = converted.sae
+    text = Console(highlight=False, markup=False, soft_wrap=True)
+    text.print(
+        f"{converted.family} {loaded.architecture}, {loaded.d_sae:,} features of width {loaded.d_in:,} at "
+        f"{', '.join(map(str, loaded.hook_points))}, written to {out} as {dtype}"
+    )
+    text.print(f"look at it:  steer-server sae inspect {shlex.quote(str(out))}")
+    command = serve_command(loaded, str(out))
+    text.print(f"serve it:    {command or NO_SITE}")
 
 
 @app.command()
@@ -283,7 +368,7 @@ def _find(sae: str, features: Path | None) -> tuple[SAE, Path]:
         loaded = find_sae(sae)
     except CatalogError as error:
         _fail(str(error))
-    return loaded, features or loaded.weights.parent / FILE_NAME
+    return loaded, features or loaded.folder / FILE_NAME
 
 
 def _model(sae: SAE, given: str | None) -> str:
@@ -324,6 +409,35 @@ def _sound(work: Callable[[], T]) -> T:
 def _fail(message: str) -> NoReturn:
     console.print(f"error: {message}", highlight=False, markup=False, soft_wrap=True)
     raise typer.Exit(1)
+
+
+def _facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Lines of `inspect`."""
+
+    def places(found: list[dict[str, Any]]) -> str:
+        return ", ".join(p["hook_point"] + ("" if p["armable"] else " (the engine has no site there)") for p in found)
+
+    def spread(values: dict[str, Any]) -> str:
+        return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
+
+    transcodes = facts["reads"] != facts["writes"]
+    return [
+        ("family", f"{facts['family']} ({facts['version']})"),
+        ("architecture", facts["architecture"] + (f", k {facts['k']}" if facts["k"] else "")),
+        ("features", f"{facts['d_sae']:,}"),
+        ("width", f"{facts['d_in']:,}" + (f" in, {facts['d_out']:,} out" if transcodes else "")),
+        ("reads", places(facts["reads"])),
+        *([("writes", places(facts["writes"]))] if transcodes else []),
+        ("token norm", facts["token_norm"]),
+        ("model", facts["model"] or "unknown"),
+        ("skips", f"{facts['skip_first']} tokens at the start of a sequence"),
+        ("decoder norms", spread(facts["decoder_norms"])),
+        ("thresholds", spread(facts["thresholds"]) if facts["thresholds"] else "none"),
+        ("dtype", facts["dtype"]),
+        *(("file", f"{file['path']} ({file['bytes']:,} bytes)") for file in facts["files"]),
+        ("sha256", facts["sha256"]),
+        ("serve it", facts["serve"] or NO_SITE),
+    ]
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -19,12 +19,13 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from sae_models import SAE
+from sae_models import SAE, HookPoint
 from steer_kernels.apply_edits import SiteEdits, TopKEncoder, read_activations
 from steer_server.engine.admission import AdmittedSteering
 from steer_server.engine.vllm_compat.capturing_engine import CapturingEngine
+from steer_server.engine.worker import encoder_of
 from steer_server.sae.fidelity import EvalError, FidelityReport, FidelitySums, Observation, jaccard, kl_divergence
-from steer_server.sae.reference import ReferenceModel, ReferenceSAE
+from steer_server.sae.reference import ReferenceModel, ReferenceSAE, reference_sae
 from steer_server.sae.splice import edits_of_splice, reconstruction, zero_ablation
 
 MIN_SEQUENCE = 32
@@ -55,7 +56,7 @@ def evaluate(
     sequences = token_sequences(texts, tokenizer, tokens, context_length, sae.skip_first)
     network = ReferenceModel(str(model))
     with serving([sae], model, network.last_layer, context_length, dtype, eager) as engine:
-        return compare(engine, network, sae, ReferenceSAE(sae.weights.parent), sequences, str(model))
+        return compare(engine, network, sae, reference_sae(sae), sequences, str(model))
 
 
 def serving(
@@ -69,8 +70,8 @@ def serving(
     """An engine on which any of `saes` can be evaluated."""
     return CapturingEngine(
         str(model),
-        saes={f"sae{i}": str(sae.weights.parent) for i, sae in enumerate(saes)},
-        layers={sae.hook_point.layer for sae in saes} | {last_layer},
+        saes={f"sae{i}": str(sae.folder) for i, sae in enumerate(saes)},
+        hook_points={sae.hook_point for sae in saes} | {HookPoint(last_layer)},
         max_edits=max(edits_of_splice(sae) for sae in saes),
         context_length=context_length,
         dtype=dtype,
@@ -82,21 +83,21 @@ def compare(
     engine: CapturingEngine,
     network: ReferenceModel,
     sae: SAE,
-    reference_sae: ReferenceSAE,
+    reference: ReferenceSAE,
     sequences: Sequence[Sequence[int]],
     model: str,
 ) -> FidelityReport:
-    """Evaluate `sae` served and `reference_sae` by Hugging Face, on the same sequences of token ids."""
+    """Evaluate `sae` served and `reference` by Hugging Face, on the same sequences of token ids."""
     served_sums, reference_sums = (FidelitySums(sae.d_in, sae.d_sae) for _ in range(2))
     served_path = _ServedPath.of(sae, engine)
     similarity = compared = 0.0
     for ids in track(sequences, "sequences", console=Console(stderr=True)):
         served = served_path.observe(engine, network, ids)
-        reference = network.observe(ids, sae.hook_point.layer, reference_sae, sae.skip_first)
+        independent = network.observe(ids, sae.hook_point.layer, reference, sae.skip_first)
         served_sums.add(served, sae.skip_first)
-        reference_sums.add(reference, sae.skip_first)
-        both = served.measured(sae.skip_first) & reference.measured(sae.skip_first)
-        similarity += float(jaccard(served.active[both], reference.active[both]).sum())
+        reference_sums.add(independent, sae.skip_first)
+        both = served.measured(sae.skip_first) & independent.measured(sae.skip_first)
+        similarity += float(jaccard(served.active[both], independent.active[both]).sum())
         compared += int(both.sum())
     return FidelityReport(
         sae=sae.name,
@@ -116,6 +117,10 @@ def check_fit(sae: SAE, model: str, context_length: int) -> None:
     config = AutoConfig.from_pretrained(model).get_text_config()
     if sae.d_in != config.hidden_size:
         raise EvalError(f"SAE {sae.name!r} is for d_model={sae.d_in}, {model} has {config.hidden_size}")
+    if sae.hook_points != sae.hook_points_out or len(sae.hook_points) > 1 or sae.hook_point.kind != "resid_post":
+        raise EvalError(f"SAE {sae.name!r} is at {sae.hook_point}; what is measured are SAEs on one layer's resid_post")
+    if sae.token_norm != "none":
+        raise EvalError(f"SAE {sae.name!r} normalises each token ({sae.token_norm}), which is not measured")
     if sae.hook_point.layer >= config.num_hidden_layers:
         raise EvalError(
             f"SAE {sae.name!r} is for {sae.hook_point}, {model} has layers 0 to {config.num_hidden_layers - 1}"
@@ -184,23 +189,25 @@ class _ServedPath:
                 shift=0 * ones,
                 low=-np.inf * ones,
                 high=np.inf * ones,
-                encoder=np.full(sae.d_sae, -1 if sae.k is None else 0),
+                encoder=np.full(sae.d_sae, -1 if sae.selection is None else 0),
                 feature=index,
+                norm=np.zeros_like(index),
+                source=np.full(sae.d_sae, -1),
                 preserve_norm=np.zeros(sae.d_sae, dtype=np.bool_),
             ),
             # As the row bank holds them.
             rows=torch.stack([row.encoder for row in features]).to(engine.dtype),
-            encoders=() if sae.k is None else (TopKEncoder(*sae.encoder(), sae.k),),
+            encoders=() if sae.selection is None else (encoder_of(sae, torch.device("cpu")),),
         )
 
     def observe(self, engine: CapturingEngine, network: ReferenceModel, ids: Sequence[int]) -> Observation:
-        layer, last = self.sae.hook_point.layer, network.last_layer
+        site, last = str(self.sae.hook_point), str(HookPoint(network.last_layer))
         clean, spliced, zeroed = engine.run(ids), engine.run(ids, self.reconstruction), engine.run(ids, self.zero)
-        x = clean.streams[layer]
+        x = clean.streams[site]
         logprobs = network.logits(clean.streams[last]).log_softmax(-1)
         return Observation(
             x=x,
-            xhat=spliced.streams[layer],
+            xhat=spliced.streams[site],
             active=read_activations(x, self.features, self.rows, self.encoders) > 0,
             loss_clean=-clean.logprobs,
             loss_sae=-spliced.logprobs,

@@ -25,7 +25,6 @@ from sae_models.features.evidence import (
     Ints,
     Peak,
     Tally,
-    activations,
     automatic_label,
     folded_unembedding,
     four_digits,
@@ -33,6 +32,8 @@ from sae_models.features.evidence import (
     vocabulary_projection,
 )
 from sae_models.features.feature import Context, Evidence, Feature, TokenScore
+from sae_models.token_norm import token_scales
+from steer_server.sae.hugging_face import LayoutError, decoder_layers, final_norm, watch
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage of the work, how much of it is done, and how much there is."""
@@ -41,7 +42,6 @@ TOP_TOKENS = 10
 # Batches that the median norm is taken from, before anything is counted.
 CALIBRATION_BATCHES = 4
 PROJECTED_AT_ONCE = 64
-FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 # What model makers call the places of their vocabulary that training never saw.
 UNUSED = re.compile(r"[<\[].*(unused|reserved).*[>\]]", re.IGNORECASE)
 
@@ -108,10 +108,8 @@ def explain(
     chunks = _chunks(texts, model, skip, context_length, tokens)
     if not chunks:
         raise ExplainError(f"no usable tokens in {len(texts)} texts: SAE {sae.name!r} skips {sae.skip_first} of each")
-    rows = [sae.rows(feature) for feature in range(sae.d_sae)]
-    decoder = torch.stack([row.decoder for row in rows])
-    reader = _Reader(model, sae, torch.tensor([row.threshold for row in rows]))
-    del rows
+    decoder = sae.decoder()
+    reader = _Reader(model, sae)
     tally, mean_norm, sink_norm = _tally(reader, chunks, skip, contexts, batch, progress)
     lengths = _span_lengths(reader, tally, chunks, spans, sink_norm, batch * context_length, progress)
     evidence = Evidence(
@@ -138,30 +136,27 @@ def _open_model(path: str | Path, sae: SAE) -> _Model:
     if not tokenizer.is_fast:
         raise ExplainError(f"{path}: its tokenizer does not say where in the text its tokens are (not a fast one)")
     config = model.config.get_text_config()
-    if sae.d_in != config.hidden_size:
+    if {sae.d_in, sae.d_out} != {config.hidden_size}:
         raise ExplainError(f"SAE {sae.name!r} is for d_model={sae.d_in}, the model has {config.hidden_size}")
     n_layers = config.num_hidden_layers
     if sae.hook_point.layer >= n_layers:
         raise ExplainError(f"SAE {sae.name!r} is for layer {sae.hook_point.layer}, the model has {n_layers} layers")
     decoder = model.get_decoder()
-    stacks = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
-    final_norm = next((getattr(decoder, name) for name in FINAL_NORMS if hasattr(decoder, name)), nn.Identity())
+    try:
+        layers = decoder_layers(decoder, n_layers)
+        norm = final_norm(decoder, layers, config.hidden_size)
+    except LayoutError as error:
+        raise ExplainError(str(error)) from None
     head = model.get_output_embeddings()
-    for what, found in (
-        (f"list of {n_layers} decoder layers", len(stacks) == 1),
-        (f"final norm ({', '.join(FINAL_NORMS)})", not isinstance(final_norm, nn.Identity)),
-        (f"unembedding of width {sae.d_in}", head is not None and head.weight.shape[1] == sae.d_in),
-    ):
-        if not found:
-            raise ExplainError(f"{type(model).__name__}: found no {what}, this architecture is not supported")
-    (layers,) = stacks
+    if head is None or head.weight.shape[1] != sae.d_out:
+        raise ExplainError(f"{type(model).__name__}: found no unembedding of width {sae.d_out}")
     # Later layers would be computed for nothing.
     del layers[sae.hook_point.layer + 1 :]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return _Model(
         decoder=decoder.to(device).eval(),
         layer=layers[sae.hook_point.layer],
-        final_norm=final_norm.to(device),
+        final_norm=norm.to(device),
         unembedding=head.weight.detach().to(device),
         tokenizer=tokenizer,
         prefix=tuple(tokenizer("").input_ids),
@@ -192,18 +187,19 @@ def _chunks(texts: Sequence[str], model: _Model, skip: int, context_length: int,
 
 
 class _Reader:
-    """The residual stream after the SAE's layer, and the SAE's activations of it."""
+    """The stream where the SAE reads, and the SAE's activations of it."""
 
-    def __init__(self, model: _Model, sae: SAE, threshold: torch.Tensor) -> None:
-        """threshold: float32 [d_sae]."""
+    def __init__(self, model: _Model, sae: SAE) -> None:
         self.model, self.sae = model, sae
         self._W_enc, self._b_enc = (tensor.to(model.device) for tensor in sae.encoder())
-        self._threshold = threshold.to(model.device)
         self._stream = torch.empty(0)
-        model.layer.register_forward_hook(self._remember)
+        try:
+            watch(model.layer, sae.hook_point, self._remember)
+        except LayoutError as error:
+            raise ExplainError(f"SAE {sae.name!r}: {error}") from None
 
-    def _remember(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._stream = output[0] if isinstance(output, tuple) else output
+    def _remember(self, stream: torch.Tensor) -> None:
+        self._stream = stream
 
     @torch.inference_mode()
     def residual(self, ids: torch.Tensor) -> torch.Tensor:
@@ -231,8 +227,8 @@ class _Reader:
     @torch.inference_mode()
     def activations(self, residual: torch.Tensor) -> torch.Tensor:
         """[n, d_sae] of residual [n, d_in], on the CPU."""
-        pre = torch.addmm(self._b_enc, residual, self._W_enc)
-        return activations(pre, self.sae.architecture, self.sae.k, self._threshold).cpu()
+        a, _ = token_scales(residual, self.sae.token_norm)
+        return self.sae.activate(torch.addmm(self._b_enc, a * residual, self._W_enc), residual).cpu()
 
 
 @torch.inference_mode()

@@ -1,6 +1,6 @@
-"""The other way to an SAE's numbers: Hugging Face transformers in fp32, and the SAE's equations on its file as written.
+"""The other way to an SAE's numbers: Hugging Face transformers in fp32, and the SAE's own equations.
 
-Nothing of the served path is used here: no folding, no edit rows, no kernels.
+Nothing of the served path is used here: no edit rows, no kernels; no folding for the common SAELens kinds.
 """
 
 from __future__ import annotations
@@ -8,19 +8,43 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file
 
+from sae_models import SAE
+from sae_models.families import saelens
 from steer_server.sae.fidelity import EvalError, Observation, kl_divergence
+from steer_server.sae.hugging_face import LayoutError, decoder_layers, final_norm
 
 HEAD_TOLERANCE = 1e-3
 """How far final norm and unembedding, applied here, may be from the model's own logits, relative to the largest."""
 
 
-class ReferenceSAE:
-    """A SAELens folder by the definitions of SAELens' `encode` and `decode`, in float64."""
+class ReferenceSAE(Protocol):
+    """Activations and reconstructions in float64, by other code than the kernels'."""
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """f [tokens, d_sae] of x [tokens, d_in], float64."""
+        ...
+
+    def decode(self, f: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """xhat [tokens, d_in] of f [tokens, d_sae], float64."""
+        ...
+
+
+def reference_sae(sae: SAE) -> ReferenceSAE:
+    """By the equations of the file as written where it is SAELens', of the three kinds that need few; else `sae`."""
+    if sae.family == saelens.NAME and sae.architecture in SAELensReference.ARCHITECTURES:
+        return SAELensReference(sae.folder)
+    return sae
+
+
+class SAELensReference:
+    """A SAELens folder by the definitions of SAELens' `encode` and `decode`, in float64: nothing is folded."""
+
+    ARCHITECTURES = ("standard", "jumprelu", "topk")
 
     def __init__(self, folder: Path) -> None:
         self._config: dict[str, Any] = json.loads((folder / "cfg.json").read_text())
@@ -41,7 +65,7 @@ class ReferenceSAE:
         top = pre.topk(self._config["k"], dim=-1)
         return torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
 
-    def decode(self, f: torch.Tensor) -> torch.Tensor:
+    def decode(self, f: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """xhat [tokens, d_in] of f [tokens, d_sae], float64."""
         if self._rescaled:
             f = f / self._w["W_dec"].norm(dim=-1)
@@ -59,16 +83,12 @@ class ReferenceModel:
 
         self._network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         config = self._network.config.get_text_config()
-        lists = [
-            module
-            for module in self._network.modules()
-            if isinstance(module, torch.nn.ModuleList) and len(module) == config.num_hidden_layers
-        ]
-        if len(lists) != 1:
-            raise EvalError(f"{model}: found {len(lists)} lists of {config.num_hidden_layers} layers")
-        self._layers = lists[0]
+        try:
+            self._layers = decoder_layers(self._network, config.num_hidden_layers)
+            self._norm = final_norm(self._network, self._layers, config.hidden_size)
+        except LayoutError as error:
+            raise EvalError(f"{model}: {error}") from None
         self.last_layer = config.num_hidden_layers - 1
-        self._norm = self._final_norm(model, config.hidden_size)
         self._check_head(model)
 
     @torch.inference_mode()
@@ -82,7 +102,7 @@ class ReferenceModel:
         clean, streams = self._run(tokens, {})
         x = streams[layer].double()
         f = sae.encode(x)
-        xhat = sae.decode(f)
+        xhat = sae.decode(f, x)
 
         def splice(stream: torch.Tensor) -> torch.Tensor:
             return torch.cat([stream[:skip_first], xhat[skip_first:].float()])
@@ -131,18 +151,6 @@ class ReferenceModel:
             for handle in handles:
                 handle.remove()
         return logits.log_softmax(-1), streams
-
-    def _final_norm(self, model: str, d_model: int) -> Any:
-        """The one norm beside the decoder's layers."""
-        decoder = next(module for module in self._network.modules() if self._layers in list(module.children()))
-        norms = [
-            module
-            for module in decoder.children()
-            if (weight := getattr(module, "weight", None)) is not None and weight.shape == (d_model,)
-        ]
-        if len(norms) != 1:
-            raise EvalError(f"{model}: found {len(norms)} norms beside the decoder layers, expected one")
-        return norms[0]
 
     @torch.inference_mode()
     def _check_head(self, model: str) -> None:

@@ -30,20 +30,20 @@ def reconstruction(sae: SAE) -> Resolved:
     """The stream is f @ W_dec + b_dec from the SAE's first token on."""
     rows: dict[str, bytes] = {}
     edits = _erasure(sae, rows)
-    layer, target = sae.hook_point.layer, Target(skip_first=sae.skip_first)
+    site, target = str(sae.hook_point), Target(skip_first=sae.skip_first)
     edits += [
-        Edit(layer, EncoderRow(sae.sha256, i), DecoderRow(sae.sha256, i), Response(scale=2.0), target)
+        Edit(site, EncoderRow(sae.sha256, i), DecoderRow(sae.sha256, i), Response(scale=2.0), target)
         for i in range(sae.d_sae)
     ]
     bias = _inline(sae.reconstruction_bias().numpy(), rows)
-    edits.append(Edit(layer, None, bias, Response(shift=1.0), target))
+    edits.append(Edit(site, None, bias, Response(shift=1.0), target))
     return _resolved(sae, "reconstruction", edits, rows)
 
 
 def _erasure(sae: SAE, rows: dict[str, bytes]) -> list[Edit]:
     target = Target(skip_first=sae.skip_first)
     basis = [_inline(e, rows) for e in np.eye(sae.d_in, dtype=np.float32)]
-    return [Edit(sae.hook_point.layer, e, e, Response(scale=0.0), target) for e in basis]
+    return [Edit(str(sae.hook_point), e, e, Response(scale=0.0), target) for e in basis]
 
 
 def _inline(row: npt.NDArray[np.float32], rows: dict[str, bytes]) -> InlineRow:

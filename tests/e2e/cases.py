@@ -39,7 +39,7 @@ def prompt_of(i):
 def active_features(oracle, sae, tokens, count):
     """(index, largest activation) of features that are on, often but not always, on these tokens: edits of those are
     conditional."""
-    acts = oracle.saes[sae].encode(oracle.residual(tokens, oracle.saes[sae].layer))[1:]
+    acts = oracle.saes[sae].encode(oracle.stream(tokens, oracle.saes[sae].sites[0]))[1:]
     rate = (acts > 0).double().mean(0)
     score = torch.where((rate > 0.05) & (rate < 0.95), acts.mean(0), -1.0)
     return [(index, float(acts[:, index].max())) for index in score.topk(count).indices.tolist()]
@@ -58,10 +58,31 @@ def feature_specs(oracle, sae, prompts):
     return specs
 
 
+def kind_specs(oracle, tokenizer):
+    """One spec for each SAE at another place or of another kind, several of its features at once; and all together."""
+    tokens = tokenizer(" ".join(PROMPTS))["input_ids"]
+    specs, together = {}, []
+    for name in (name for name in oracle.saes if name.startswith("kind/")):
+        (a, most), (b, _), (c, _), (d, least) = active_features(oracle, name, tokens, 4)
+        # What an MLP writes is large beside what its normalised input lets a random transcoder write.
+        size = 40.0 if "transcoder" in name else 2.0
+        entries = [
+            {"sae": name, "index": a, "op": "set", "value": round(size * most, 2)},
+            {"sae": name, "index": b, "op": "scale", "value": -size},
+            {"sae": name, "index": c, "op": "ablate"},
+            {"sae": name, "index": d, "op": "add", "value": round(size * least, 2)},
+        ]
+        specs[name] = {"features": entries}
+        together.append(entries[1])
+    vector = {"data": inline(direction(6, 8.0)), "layers": [7, 21], "strength": 1.0}
+    specs["all kinds together"] = {"features": together, "vectors": [vector], "apply": {"preserve_norm": True}}
+    return specs
+
+
 def all_specs(oracle, tokenizer):
     """Specs by name; together they cover features, vectors, targets, several entries at once and preserve_norm."""
     specs = {}
-    for sae in oracle.saes:
+    for sae in (name for name in oracle.saes if not name.startswith("kind/")):
         prompts = [tokenizer(prompt_of(len(specs) + i))["input_ids"] for i in range(6)]
         specs |= feature_specs(oracle, sae, prompts)
     tokens = tokenizer(" ".join(PROMPTS))["input_ids"]
@@ -102,4 +123,4 @@ def all_specs(oracle, tokenizer):
             ]
         },
     }
-    return specs
+    return specs | kind_specs(oracle, tokenizer)

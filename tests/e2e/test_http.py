@@ -55,7 +55,7 @@ def assert_accounts_for(receipt, positions, skip=0):
 
 def test_startup_says_what_is_armed(server):
     log = server.log.read_text()
-    assert "Steering: 30 of 30 decoder layers armed; 2 SAE(s)" in log
+    assert "Steering: 30 of 30 decoder layers armed; 3 SAE(s)" in log
     assert "row bank of 2048 rows (32 edits a request)" in log
     assert "Steering self-test passed at 30 layers" in log
 
@@ -66,6 +66,7 @@ def test_capabilities(server):
     assert described["layers"] == list(range(30))
     assert described["hook_points"][15] == "blocks.15.hook_resid_post"
     assert {sae["name"]: (sae["architecture"], sae["layer"]) for sae in described["saes"]} == {
+        "smollm2-135m/l12": ("jumprelu", 12),
         SAE: ("topk", 15),
         "test/jumprelu": ("jumprelu", 15),
     }
@@ -199,7 +200,7 @@ REFUSED = [
         {"steering": {"features": [{"sae": "no/such", "index": 1, "op": "ablate"}]}},
         404,
         "steering.features[0].sae",
-        f"known SAEs: {SAE}, test/jumprelu",
+        f"known SAEs: smollm2-135m/l12, {SAE}, test/jumprelu",
     ),
     (
         {"steering": {"features": [{"sae": SAE, "index": 10**6, "op": "ablate"}]}},
@@ -384,7 +385,7 @@ def test_features_can_be_searched(server):
     assert 0 < best["density"] < 1
     assert best["suggested"]["low"] < best["suggested"]["high"]
     everywhere = server.get("/v1/steering/features?q=the+sea").json()["data"]
-    assert {row["sae"] for row in everywhere} == {SAE}, "the other one has no evidence"
+    assert {row["sae"] for row in everywhere} == {SAE, "smollm2-135m/l12"}, "the others have no evidence"
     assert len(everywhere) == 10
     detail = server.get(f"/v1/steering/features/{SAE}/{best['index']}").json()
     assert detail["label"] == best["label"]

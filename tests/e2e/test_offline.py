@@ -10,6 +10,16 @@ from tests.tensors import inline
 pytestmark = pytest.mark.engine
 
 BLOCK = 128
+OTHER_SITES = {
+    "blocks.0.hook_resid_pre",
+    "blocks.7.hook_attn_out",
+    "blocks.11.mlp.hook_in",
+    "blocks.11.hook_mlp_out",
+    "blocks.16.mlp.hook_in",
+    "blocks.16.hook_mlp_out",
+    "blocks.18.mlp.hook_in",
+    "blocks.18.hook_mlp_out",
+}
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +33,15 @@ def specs(oracle, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def pressed(model_dir, saes):
+def pressed(model_dir, saes, kinds):
     """Eager, prompts in chunks of at most 48 tokens, room for about five sequences of three blocks."""
     llm = engines.start(
-        model_dir, saes, enforce_eager=True, max_num_batched_tokens=48, max_num_seqs=16, num_gpu_blocks_override=16
+        model_dir,
+        saes | kinds,
+        enforce_eager=True,
+        max_num_batched_tokens=48,
+        max_num_seqs=16,
+        num_gpu_blocks_override=16,
     )
     yield llm
     engines.stop(llm)
@@ -77,7 +92,7 @@ def test_mixed_batches_match_the_oracle(pressed, oracle, specs, tokenizer):
 def test_chunked_prompts_and_preemption_match_the_oracle(pressed, oracle, specs, tokenizer):
     """Prompts of two blocks that outgrow them: chunks of 48 tokens, then preemption and recomputation."""
     names = ["smollm2-135m/l15 set", "test/jumprelu min", "add", "generation only", "prompt only", "preserve_norm",
-             "eight features and a vector", "cap"]  # fmt: skip
+             "eight features and a vector", "cap", "all kinds together"]  # fmt: skip
     listed = [(name, specs[name], long_prompt(tokenizer, 225 + 3 * i, i)) for i, name in enumerate(names)]
     listed.append(("unsteered", None, long_prompt(tokenizer, 230, 5)))
     before = preemptions(pressed)
@@ -157,17 +172,18 @@ def test_bad_steering_is_refused_and_disturbs_nobody(pressed, oracle, specs, tok
 
 
 @pytest.fixture(scope="module")
-def compiled(model_dir, saes, pressed):
+def compiled(model_dir, saes, kinds, pressed):
     """torch.compile on, everything else as vLLM has it. After the eager engine: two at once starve each other."""
     engines.stop(pressed)
-    llm = engines.start(model_dir, saes, max_num_seqs=32)
+    llm = engines.start(model_dir, saes | kinds, max_num_seqs=32)
     yield llm
     engines.stop(llm)
 
 
 def test_compiled_mixed_batches_match_the_oracle(compiled, oracle, specs, tokenizer):
     (checks,) = compiled.collective_rpc("steering_self_test")
-    assert len(checks) == 30
+    assert len(checks) == 30 + len(OTHER_SITES)
+    assert {check["site"] for check in checks} >= OTHER_SITES
     assert all(check["passed"] and check["compiled_error"] < 1e-3 for check in checks)
     run_and_compare(compiled, oracle, requests(specs, tokenizer))
 

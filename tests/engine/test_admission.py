@@ -8,6 +8,7 @@ import pytest
 from steer_server.engine.admission import Admission, NotAppliedError
 from steer_server.engine.config import ConfigError, ModelFacts, SteeringConfig, parse_options, resolve_config
 from steer_server.spec import SteeringError
+from tests.e2e.saes import every_kind
 from tests.sae_models.build import build_sae
 from tests.tensors import inline
 
@@ -50,6 +51,27 @@ def test_only_what_changes_the_graph_is_in_its_key(sae):
     assert config_of(layers=[1], **sae).graph_factors() != config_of(**sae).graph_factors()
 
 
+def test_sites_are_the_layers_outputs_and_what_saes_need(sae, tmp_path):
+    outputs = tuple(f"blocks.{layer}.hook_resid_post" for layer in range(9))
+    nine = ModelFacts("m", 8, 9, 4, 1)
+    assert config_of(nine, **sae).sites == config_of(nine).sites == outputs
+    kinds = {name: str(folder) for name, folder in every_kind(tmp_path, 8, 32, list(range(9))).items()}
+    config = config_of(nine, saes=kinds)
+    assert config.layers == tuple(range(9))
+    assert set(config.sites) - set(outputs) == {
+        "blocks.0.hook_resid_pre",
+        "blocks.1.hook_attn_out",
+        "blocks.2.hook_mlp_out",
+        "blocks.2.mlp.hook_in",
+        "blocks.5.mlp.hook_in",
+        "blocks.5.hook_mlp_out",
+        "blocks.6.mlp.hook_in",
+        "blocks.6.hook_mlp_out",
+    }
+    assert len(set(config.sites)) == len(config.sites)
+    assert config.graph_factors() != config_of(nine).graph_factors()
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -76,7 +98,7 @@ def test_a_budget_is_shared_by_the_front_ends():
     [
         ([("bad name", "x")], "letters, digits"),
         ([("../a", "x")], "letters, digits"),
-        ([("a", "x"), ("a", "x")], "no such folder"),
+        ([("a", "x"), ("a", "x")], "no such file or folder"),
     ],
 )
 def test_catalog_names(saes, says):
@@ -94,6 +116,24 @@ def test_an_sae_must_fit_the_model(tmp_path):
         open_catalog([("a", folder)], 16, [1])
     with pytest.raises(CatalogError, match="not armed; armed layers"):
         open_catalog([("a", folder)], 8, [0, 2])
+
+
+@pytest.mark.parametrize("kind", ["hook_resid_mid", "attn.hook_z", "ln2.hook_normalized"])
+def test_a_hook_point_that_no_engine_can_arm_is_refused_by_name(kind, tmp_path):
+    from steer_server.catalog import CatalogError, open_catalog
+
+    point = f"blocks.1.{kind}"
+    folder = str(build_sae(tmp_path / "a", cfg={"metadata": {"hook_name": point}}))
+    with pytest.raises(CatalogError, match=rf"acts at {point}, which cannot be armed; .* blocks.1.hook_attn_out"):
+        open_catalog([("a", folder)], 8, [1])
+
+
+def test_a_transcoders_two_widths_are_both_the_models(tmp_path):
+    from steer_server.catalog import CatalogError, open_catalog
+
+    folder = every_kind(tmp_path, 8, 32, list(range(9)))["kind/transcoder"]
+    with pytest.raises(CatalogError, match="d_model=8, the model has 16"):
+        open_catalog([("a", str(folder))], 16, range(9))
 
 
 def test_too_much_at_once_is_a_429_until_something_finishes(sae):
@@ -150,8 +190,8 @@ def test_a_sequence_that_was_not_steered_as_asked_fails(sae):
     with pytest.raises(NotAppliedError, match="up to token 10 of 12"):
         short.finish(num_output_tokens=3, aborted=False)
     skipped = admission.admit(spec(1)).start_sequence(prompt_len=10)
-    skipped.add_report([(0, 10)], [1])
-    with pytest.raises(NotAppliedError, match=r"layers \[1\]"):
+    skipped.add_report([(0, 10)], ["blocks.1.hook_resid_post"])
+    with pytest.raises(NotAppliedError, match=r"not applied at blocks.1.hook_resid_post;"):
         skipped.finish(num_output_tokens=1, aborted=False)
     aborted = admission.admit(spec(1)).start_sequence(prompt_len=10)
     aborted.finish(num_output_tokens=0, aborted=True)

@@ -10,17 +10,19 @@ from steer_kernels.apply_edits import apply_edits
 from steer_server.engine.admission import Admission
 from steer_server.engine.config import ModelFacts, parse_options, resolve_config
 from steer_server.engine.worker import WorkerSteering
+from tests.e2e.saes import every_kind
+from tests.oracle.oracle_sae import OracleSAE
 from tests.sae_models.build import build_sae
-from tests.sae_models.test_saelens import encode
 from tests.tensors import inline
 
-D_MODEL, LAYERS = 8, 4
+D_MODEL, LAYERS = 8, 9
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     root = tmp_path_factory.mktemp("saes")
     saes = {name: str(build_sae(root / name, name, seed=i)) for i, name in enumerate(("standard", "jumprelu", "topk"))}
+    saes |= {name: str(folder) for name, folder in every_kind(root, D_MODEL, 32, list(range(LAYERS))).items()}
     return resolve_config(parse_options({"saes": saes}), ModelFacts("m", D_MODEL, LAYERS, max_num_seqs=3, frontends=1))
 
 
@@ -31,6 +33,7 @@ class Simulation:
         self.config = config
         self.admission = Admission(config)
         self.worker = WorkerSteering(config, torch.float32, torch.device("cpu"))
+        self.saes = {name: OracleSAE(folder) for name, folder in config.saes}
         self.specs = {}
         self.prompt_lens = {}
 
@@ -40,36 +43,43 @@ class Simulation:
         self.specs[request_id], self.prompt_lens[request_id] = spec, prompt_len
 
     def step(self, scheduled):
-        """Run one forward over `scheduled`, (request id, first position, tokens), and check every layer's stream."""
+        """Run one forward over `scheduled`, (request id, first position, tokens), and check every site's stream."""
         ids = [i for i, _, _ in scheduled]
         counts = np.array([n for _, _, n in scheduled])
         self.worker.begin_step(ids, np.array([s for _, s, _ in scheduled]), counts)
-        for site, layer in enumerate(self.config.layers):
+        incoming = {}
+        for number, site in enumerate(self.config.sites):
             hidden, residual = torch.randn(2, int(counts.sum()), D_MODEL)
-            expected, token = (hidden + residual).double(), 0
+            incoming[site] = (hidden + residual).double()
+            expected, token = incoming[site].clone(), 0
             for request_id, first, n in scheduled:
                 for position in range(first, first + n):
                     if request_id in self.specs:
-                        expected[token] = self.edited(request_id, layer, position, expected[token])
+                        streams = {name: stream[token] for name, stream in incoming.items()}
+                        expected[token] = self.edited(request_id, site, position, streams)
                     token += 1
-            apply_edits(hidden, residual, site)
-            assert torch.allclose((hidden + residual).double(), expected, atol=2e-5)
+            apply_edits(hidden, residual, number)
+            assert torch.allclose((hidden + residual).double(), expected, atol=2e-5), site
         self.worker.end_step()
         return self.worker.take_report()
 
-    def edited(self, request_id, layer, position, h):
+    def edited(self, request_id, site, position, streams):
+        """The stream that leaves `site`; streams: those that came in there and at the sites before, by site."""
         spec, prompt_len = self.specs[request_id], self.prompt_lens[request_id]
+        h = streams[site]
         delta = torch.zeros_like(h)
         for feature in spec.get("features", []):
-            sae = self.admission.catalog.saes[feature["sae"]]
-            if sae.hook_point.layer == layer and self.acts(feature, spec, position, prompt_len):
-                f = float(encode(sae.weights.parent, h)[feature["index"]])
+            sae = self.saes[feature["sae"]]
+            if site in sae.sites_out and self.acts(feature, spec, position, prompt_len, sae.skip_first):
+                x = streams[sae.sites[sae.sites_out.index(site)]].unsqueeze(0)
+                f = float(sae.encode(x)[0, feature["index"]])
                 a = feature.get("value")
                 g = {"set": a, "add": f + (a or 0), "min": max(f, a or 0), "max": min(f, a or 0),
                      "scale": f * (a or 0), "ablate": 0.0}[feature["op"]]  # fmt: skip
-                delta += (g - f) * sae.rows(feature["index"]).decoder.double()
+                delta += (g - f) * sae.write(feature["index"], x)[0]
         for vector in spec.get("vectors", []):
-            if layer in vector["layers"] and self.acts(vector, spec, position, prompt_len):
+            layers = [f"blocks.{layer}.hook_resid_post" for layer in vector["layers"]]
+            if site in layers and self.acts(vector, spec, position, prompt_len):
                 v = torch.from_numpy(np.frombuffer(self.bytes_of(vector), dtype=np.float32).copy()).double()
                 unit = v / v.norm()
                 f = float(h @ unit)
@@ -91,10 +101,10 @@ class Simulation:
         return base64.b64decode(vector["data"]["data"])
 
     @staticmethod
-    def acts(entry, spec, position, prompt_len):
+    def acts(entry, spec, position, prompt_len, sae_skip=0):
         apply = spec.get("apply", {}) | entry.get("apply", {})
         in_phase = {"prompt": position < prompt_len, "generation": position >= prompt_len, "all": True}
-        return in_phase[apply.get("phase", "all")] and position >= apply.get("skip_first", 0)
+        return in_phase[apply.get("phase", "all")] and position >= apply.get("skip_first", sae_skip)
 
 
 def feature(sae, index, op, value=None, **rest):
@@ -120,6 +130,31 @@ SPECS = {
         ],
         "apply": {"preserve_norm": True},
     },
+    "every kind": {
+        "features": [
+            feature("kind/resid_pre", 0, "set", 2.0),
+            feature("kind/attn_out", 1, "scale", -1.0),
+            feature("kind/mlp_out", 2, "scale", 3.0),
+            feature("kind/mlp_in", 3, "ablate"),
+            feature("kind/layer_norm", 4, "scale", 2.0),
+            feature("kind/layer_norm", 5, "add", 1.5),
+            feature("kind/constant_norm", 6, "max", 0.2),
+            feature("kind/constant_norm", 7, "add", -1.0, apply={"phase": "generation"}),
+            *[feature("kind/abstopk", i, "scale", -1.0) for i in range(6)],
+            *[feature("kind/groupmax", i, "scale", 2.0) for i in range(6)],
+        ],
+    },
+    "several features of a kind": {
+        "features": [
+            *[feature("kind/switch", i, "scale", 2.0) for i in range(0, 32, 3)],
+            *[feature("kind/transcoder", i, "set", 0.5 * i) for i in range(3)],
+            feature("kind/transcoder", 5, "add", 2.0),
+            *[feature("kind/topk_transcoder", i, "scale", -1.0) for i in range(0, 16, 2)],
+            feature("kind/topk_transcoder", 31, "add", 0.5),
+            feature("kind/layer_group", 3, "scale", 0.5),
+        ],
+        "apply": {"preserve_norm": True, "skip_first": 0},
+    },
     "generation": {"vectors": [{"data": VECTOR, "layers": [1], "op": "project_out"}], "apply": {"phase": "generation"}},
 }
 
@@ -136,7 +171,7 @@ def test_a_life_of_three_requests_and_a_bystander(config):
     sim.step([("a", 21, 1), ("x", 30, 1), ("b", 9, 1), ("c", 0, 12)])
     for i in range(3):
         report = sim.step([("a", 22 + i, 1), ("x", 31 + i, 1), ("b", 10 + i, 1), ("c", 12 + i, 1)])
-        assert report.missing_layers == []
+        assert report.missing_sites == []
     sim.step([("c", 15, 1), ("a", 25, 1)])
     assert sim.step([("x", 34, 1)]) is None
     sim.step([("b", 0, 13), ("c", 16, 1), ("a", 26, 1)])
@@ -154,7 +189,7 @@ def test_a_forward_in_which_no_edit_acts(config):
     sim.add("c", SPECS["generation"], prompt_len=5)
     report = sim.step([("c", 0, 3)])
     assert report.spans == {"c": (0, 3)}
-    assert report.missing_layers == []
+    assert report.missing_sites == []
     sim.step([("c", 3, 2)])
     sim.step([("c", 5, 1)])
 
@@ -192,7 +227,7 @@ def test_whatever_is_scheduled(config, steps, specs, lens):
         report = sim.step(scheduled)
         steered = {i: (first, first + tokens) for i, first, tokens in scheduled if i != "x"}
         assert (report.spans if report else {}) == steered
-        assert report is None or report.missing_layers == []
+        assert report is None or report.missing_sites == []
     for request_id in "abc":
         sim.worker.remove_request(request_id)
     assert len(sim.worker.bank) == 0
@@ -213,10 +248,28 @@ def test_a_site_that_does_not_run_is_reported(config):
     sim.add("a", SPECS["vectors"], prompt_len=3)
     sim.worker.begin_step(["a"], np.array([0]), np.array([3]))
     hidden = torch.zeros(3, D_MODEL)
-    for site in (0, 1, 3):
-        apply_edits(hidden, None, site)
+    skipped = "blocks.2.hook_resid_post"
+    for number, site in enumerate(config.sites):
+        if site != skipped:
+            apply_edits(hidden, None, number)
     sim.worker.end_step()
-    assert sim.worker.take_report().missing_layers == [2]
+    assert sim.worker.take_report().missing_sites == [skipped]
+
+
+@pytest.mark.parametrize("skipped", ["blocks.5.mlp.hook_in", "blocks.5.hook_mlp_out"])
+def test_a_transcoder_whose_input_was_not_read_is_reported_and_writes_nothing(config, skipped):
+    sim = Simulation(config)
+    sim.add("a", {"features": [feature("kind/transcoder", 1, "set", 3.0)], "apply": {"skip_first": 0}}, prompt_len=2)
+    for first in (0, 1):
+        # The second time the table is the first one's, and nothing of that forward may be left.
+        sim.worker.begin_step(["a"], np.array([first]), np.array([1]))
+        hidden = torch.ones(1, D_MODEL)
+        for number, site in enumerate(config.sites):
+            if site != skipped:
+                apply_edits(hidden, None, number)
+        sim.worker.end_step()
+        assert sim.worker.take_report().missing_sites == ["blocks.5.hook_mlp_out"]
+        assert torch.equal(hidden, torch.ones(1, D_MODEL))
 
 
 def test_nothing_is_steered_between_steps(config):
@@ -239,12 +292,31 @@ def test_decoding_reuses_its_table(config):
     sim.add("a", SPECS["features"], prompt_len=4)
     sim.step([("a", 0, 4)])
     sim.step([("a", 4, 1)])
-    table = sim.worker.sites[1].edits
+    site = config.sites.index("blocks.1.hook_resid_post")
+    table = sim.worker.sites[site].edits
+    assert table is not None
     sim.step([("a", 5, 1)])
-    assert sim.worker.sites[1].edits is table
+    assert sim.worker.sites[site].edits is table
 
 
 def test_device_memory_is_accounted_for(config):
     worker = WorkerSteering(config, torch.float32, torch.device("cpu"))
-    topk_encoder = 4 * (D_MODEL * 24 + 24)
-    assert worker.nbytes == config.rows * D_MODEL * 4 + topk_encoder
+    topk_encoder, others = D_MODEL * 24 + 24, 5 * (D_MODEL * 32 + 32)
+    router = D_MODEL * 4 + 4
+    assert worker.nbytes == 4 * (config.rows * D_MODEL + topk_encoder + others + router)
+
+
+def test_any_armed_site_can_be_captured(config):
+    worker = WorkerSteering(config, torch.float32, torch.device("cpu"))
+    wanted = ["blocks.1.hook_attn_out", "blocks.5.mlp.hook_in", "blocks.8.hook_resid_post"]
+    worker.capture(wanted)
+    streams = torch.randn(len(config.sites), 4, D_MODEL)
+    worker.begin_step(["x"], np.array([0]), np.array([3]))
+    for site, stream in enumerate(streams):
+        apply_edits(stream, None, site)
+    worker.end_step()
+    # The fourth row is padding.
+    for site, captured in zip(wanted, worker.take_captured(), strict=True):
+        assert torch.equal(captured, streams[config.sites.index(site)][:3])
+    with pytest.raises(ValueError, match=r"blocks\.3\.hook_attn_out cannot be captured; armed: blocks\.0"):
+        worker.capture(["blocks.3.hook_attn_out"])

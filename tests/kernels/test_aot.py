@@ -7,7 +7,10 @@ import pytest
 from benchmarks.kernels.aot import ARCHITECTURES, RESULTS, compile_for, launches
 from tests.kernels.conftest import INTERPRETED
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter's kernels cannot be compiled")
+pytestmark = [
+    pytest.mark.compiles,
+    pytest.mark.skipif(INTERPRETED, reason="the interpreter's kernels cannot be compiled"),
+]
 
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from steer_kernels.apply_edits import (
     Site,
     SiteEdits,
+    TokenNorm,
     TopKEncoder,
     apply_edits,
     apply_edits_reference,
@@ -17,7 +18,7 @@ from steer_kernels.apply_edits import (
     prepare_edits,
     read_activations,
 )
-from steer_kernels.apply_edits.reference import is_topk_member
+from steer_kernels.apply_edits.reference import is_topk_member, survival, token_scales
 
 INF = float("inf")
 
@@ -32,25 +33,30 @@ def build_edits(records: list[dict]) -> SiteEdits:
     """SiteEdits from dicts; what a record leaves out is neutral (reads nothing, adds nothing)."""
     neutral = dict(
         start=0, stop=1, read=-1, write=0, bias=0.0, threshold=-INF, scale=1.0, shift=0.0,
-        low=-INF, high=INF, encoder=-1, feature=0, preserve_norm=False,
+        low=-INF, high=INF, encoder=-1, feature=0, norm=0, source=-1, preserve_norm=False,
     )  # fmt: skip
-    dtypes = dict.fromkeys(("start", "stop", "read", "write", "encoder", "feature"), np.int64) | {"preserve_norm": bool}
+    integers = ("start", "stop", "read", "write", "encoder", "feature", "norm", "source")
+    dtypes = dict.fromkeys(integers, np.int64) | {"preserve_norm": bool}
     rows = [neutral | record for record in records]
     return SiteEdits(
         **{name: np.array([r[name] for r in rows], dtype=dtypes.get(name, np.float32)) for name in neutral}
     )
 
 
-def run(hidden, residual, rows, edits, encoders=()):
+def run(hidden, residual, rows, edits, encoders=(), sources=None):
+    """The new hidden; sources: by site, the streams that are read elsewhere, before this site runs."""
     out = hidden.clone()
-    apply_prepared(out, residual, prepare_edits(edits, rows), encoders)
+    prepared = prepare_edits(edits, rows, encoders)
+    for remote in prepared.remote:
+        remote.read(sources[remote.source], None)
+    apply_prepared(out, residual, prepared)
     return out
 
 
-def assert_matches_reference(hidden, residual, rows, edits, encoders=()):
+def assert_matches_reference(hidden, residual, rows, edits, encoders=(), sources=None):
     """Within the rounding of one addition in the output's dtype, plus float32 dot products over d_model."""
-    out = run(hidden, residual, rows, edits, encoders)
-    expected = apply_edits_reference(hidden, residual, rows, edits, encoders)
+    out = run(hidden, residual, rows, edits, encoders, sources)
+    expected = apply_edits_reference(hidden, residual, rows, edits, encoders, sources)
     stream_size = float(expected.abs().max()) + (0.0 if residual is None else float(residual.abs().max()))
     tolerance = 4 * torch.finfo(hidden.dtype).eps * stream_size + 1e-5 * float(rows.abs().max()) * stream_size
     assert (out.double() - expected).abs().max() <= tolerance
@@ -77,6 +83,8 @@ def tables(draw):
                 shift=draw(bound),
                 low=draw(st.sampled_from([-INF, low])),
                 high=draw(st.sampled_from([INF, high])),
+                norm=draw(st.sampled_from([0, 0, 1, 2])),
+                source=draw(st.sampled_from([-1, -1, 0, 1])),
                 preserve_norm=draw(st.booleans()),
             )
         )
@@ -92,21 +100,24 @@ def test_matches_the_definition(table, dtype):
     hidden = torch.randn(tokens, d_model, generator=generator).to(dtype)
     residual = torch.randn(tokens, d_model, generator=generator).to(dtype) if has_residual else None
     rows = torch.randn(n_rows, d_model, generator=generator).div(d_model**0.5).to(dtype)
+    sources = {site: torch.randn(tokens, d_model, generator=generator).to(dtype) for site in (0, 1)}
     edits = build_edits(records)
     # A pre-activation within rounding of its threshold may fall on either side; such a table proves nothing.
     stream = hidden.double() if residual is None else hidden.double() + residual.double()
     for e in range(len(edits)):
         if edits.read[e] >= 0 and np.isfinite(edits.threshold[e]):
-            pre = stream[edits.start[e] : edits.stop[e]] @ rows[edits.read[e]].double() + float(edits.bias[e])
+            x = sources.get(int(edits.source[e]), stream).double()[edits.start[e] : edits.stop[e]]
+            a = torch.tensor([token_scales(token, TokenNorm(int(edits.norm[e])))[0] for token in x])
+            pre = a * (x @ rows[edits.read[e]].double()) + float(edits.bias[e])
             if (pre - float(edits.threshold[e])).abs().min() < 1e-4:
                 return
     # The rescaling of preserve_norm divides by the edited norm: keep away from streams that were edited to nothing.
     unscaled = apply_edits_reference(
-        hidden, residual, rows, build_edits([r | {"preserve_norm": False} for r in records])
+        hidden, residual, rows, build_edits([r | {"preserve_norm": False} for r in records]), sources=sources
     )
     if (unscaled if residual is None else unscaled + residual.double()).norm(dim=-1).min() < 0.5:
         return
-    assert_matches_reference(hidden, residual, rows, edits)
+    assert_matches_reference(hidden, residual, rows, edits, sources=sources)
 
 
 OPS = {
@@ -213,6 +224,142 @@ def test_every_feature_of_a_topk_sae_at_once(tokens):
         for token in range(tokens):
             members = [is_topk_member(pre_acts[token], i, k) and bool(pre_acts[token, i] > 0) for i in range(d_sae)]
             assert (f[token] > 0).tolist() == members
+
+
+SELECTIONS = {
+    "TopK": dict(k=5),
+    "AbsTopK": dict(k=5, absolute=True),
+    "GroupMax": dict(k=1, groups=8),
+    "TopK of groups": dict(k=3, groups=4),
+    "AbsTopK of groups": dict(k=2, groups=4, absolute=True),
+    "Switch": dict(k=3, groups=4, routed=True),
+}
+
+
+@pytest.mark.parametrize("norm", list(TokenNorm), ids=lambda norm: norm.name)
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_selections_match_the_definition(selection, norm, tokens):
+    """Every feature, on one token and on spans; without a token norm, which rounds, most ranks are ties of integers."""
+    torch.manual_seed(tokens)
+    options = dict(SELECTIONS[selection])
+    d_model, d_sae, groups = 10, 48, options.get("groups", 1)
+    W_enc, b_enc = torch.randint(-2, 3, (d_model, d_sae)).float(), torch.zeros(d_sae)
+    if norm is not TokenNorm.NONE:
+        W_enc += torch.rand(d_model, d_sae)
+    if options.pop("routed", False):
+        W = torch.randint(-1, 2, (d_model, groups)).float()
+        W[:, -1] = W[:, 0]
+        options["router"] = (W, torch.tensor([0.5, 0.0, 0.0, 0.5]))
+    encoder = TopKEncoder(W_enc, b_enc, **options)
+    hidden = torch.randint(-3, 4, (tokens, d_model)).float()
+    rows = torch.cat([W_enc.T, torch.randn(d_sae, d_model)])
+    threshold = -INF if encoder.absolute else 0.0
+    edits = build_edits(
+        [
+            dict(stop=tokens, read=i, write=d_sae + i, threshold=threshold, scale=2.0, encoder=0, feature=i,
+                 norm=int(norm))
+            for i in range(d_sae)
+        ]
+    )  # fmt: skip
+    expected = torch.zeros(tokens, d_sae, dtype=torch.float64)
+    for token in range(tokens):
+        x = hidden[token].double()
+        a, _ = token_scales(x, norm)
+        for i in range(d_sae):
+            p = a * float(x @ W_enc[:, i].double())
+            expected[token, i] = (p if p > threshold else 0.0) * survival(a * x, i, encoder)
+    assert (expected != 0).any()
+    assert torch.allclose(read_activations(hidden, edits, rows, [encoder]).double(), expected, atol=1e-5)
+    assert_matches_reference(hidden, None, rows, edits, [encoder])
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_equal_experts_go_to_the_first(tokens):
+    encoder = TopKEncoder(torch.ones(1, 4), torch.zeros(4), k=1, groups=2, router=(torch.ones(1, 2), torch.zeros(2)))
+    hidden = torch.full((tokens, 1), 3.0)
+    edits = build_edits([dict(stop=tokens, read=0, threshold=0.0, encoder=0, feature=i) for i in range(4)])
+    f = read_activations(hidden, edits, torch.ones(1, 1), [encoder])
+    assert torch.equal(f, torch.tensor([[1.5, 0.0, 0.0, 0.0]]).expand(tokens, 4))
+    edits = build_edits([dict(stop=tokens, read=0, threshold=0.0, scale=2.0, encoder=0, feature=i) for i in range(4)])
+    assert torch.equal(run(hidden, None, torch.ones(1, 1), edits, [encoder]), hidden + 1.5)
+
+
+@pytest.mark.parametrize("span", [(0, 1), (0, 20)], ids=["decode", "prefill"])
+@pytest.mark.parametrize("norm", [TokenNorm.LAYER_NORM, TokenNorm.CONSTANT_NORM], ids=lambda norm: norm.name)
+def test_what_an_sae_on_normalised_streams_writes_grows_with_the_stream(norm, span):
+    """SAELens scales what the SAE returns back, so that edits of a stream ten times as large are ten times as large."""
+    torch.manual_seed(0)
+    hidden, rows = torch.randn(20, 32), torch.randn(2, 32)
+    rows[0] -= rows[0].mean()
+    for record in (dict(read=0, write=1, threshold=0.0, scale=0.0, shift=2.0), dict(write=1, shift=2.0)):
+        edits = build_edits([record | dict(start=span[0], stop=span[1], norm=int(norm))])
+        assert_matches_reference(hidden, None, rows, edits)
+        small, large = run(hidden, None, rows, edits) - hidden, run(hidden * 10, None, rows, edits) - hidden * 10
+        assert torch.allclose(large, small * 10, atol=1e-3)
+        assert small[span[0] : span[1]].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("span", [(0, 1), (0, 20)], ids=["decode", "prefill"])
+@pytest.mark.parametrize("norm", list(TokenNorm), ids=lambda norm: norm.name)
+def test_a_zero_stream_stays_finite(norm, span):
+    hidden, rows = torch.zeros(20, 16), torch.randn(2, 16)
+    edits = build_edits([dict(start=span[0], stop=span[1], read=0, write=1, bias=0.5, shift=2.0, norm=int(norm))])
+    assert_matches_reference(hidden, None, rows, edits)
+    moved = run(hidden, None, rows, edits).abs().max() > 0
+    assert moved == (norm is TokenNorm.NONE)
+
+
+@pytest.mark.parametrize("span", [(2, 3), (2, 40)], ids=["decode", "prefill"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reading_at_one_site_and_writing_at_another(span, dtype):
+    """Rows that read here, at two other sites, through an encoder there, and rows that read nothing, on one token."""
+    torch.manual_seed(3)
+    tokens, d_model, d_sae = 41, 16, 32
+    hidden, residual = torch.randn(2, tokens, d_model).to(dtype)
+    sources = {site: torch.randn(tokens, d_model).to(dtype) for site in (0, 4)}
+    # Nothing of this one is used, by a row that neither reads nor is scaled.
+    sources[7] = torch.full((tokens, d_model), float("nan"))
+    encoder = TopKEncoder(torch.randn(d_model, d_sae), torch.zeros(d_sae), 4)
+    rows = torch.cat([encoder.W_enc.T[:6], torch.randn(6, d_model) / 4]).to(dtype)
+    encoder = TopKEncoder(torch.cat([rows[:6].float().T, encoder.W_enc[:, 6:]], 1), encoder.b_enc, encoder.k)
+    on = dict(start=span[0], stop=span[1])
+    records = [
+        on | dict(read=0, write=6, threshold=0.0, scale=2.0),
+        on | dict(read=1, write=7, threshold=0.0, scale=0.0, shift=1.0, source=0),
+        on | dict(read=2, write=8, threshold=0.5, scale=-1.0, source=4, norm=1),
+        on | dict(read=3, write=9, threshold=0.0, scale=3.0, source=4, encoder=0, feature=3),
+        on | dict(write=10, shift=-1.0),
+        on | dict(write=11, shift=0.5, source=4, norm=2),
+        on | dict(write=11, shift=0.5, source=7),
+    ]
+    for preserve_norm in (False, True):
+        edits = build_edits([record | {"preserve_norm": preserve_norm} for record in records])
+        assert_matches_reference(hidden, residual, rows, edits, [encoder], sources)
+
+
+def test_a_site_whose_reads_did_not_happen_does_nothing_and_counts_nothing():
+    rows = torch.eye(2)
+    edits = build_edits([dict(read=0, write=1, scale=2.0, source=0), dict(write=0, shift=1.0)])
+    read_site, write_site = Site(), Site()
+    write_site.edits = prepare_edits(edits, rows)
+    read_site.reads = list(write_site.edits.remote)
+    bind_sites([read_site, write_site])
+    x, hidden = torch.tensor([[3.0, 0.0]]), torch.tensor([[5.0, 5.0]])
+    apply_edits(hidden, None, 1)
+    assert (write_site.runs, hidden.tolist()) == (0, [[5.0, 5.0]])
+    apply_edits(x, None, 0)
+    apply_edits(hidden, None, 1)
+    assert (write_site.runs, hidden.tolist()) == (1, [[6.0, 8.0]])
+    # What was read is used up: a second forward needs its own.
+    apply_edits(hidden, None, 1)
+    assert write_site.runs == 1
+    # What an interrupted forward left behind is not the next one's.
+    apply_edits(x, None, 0)
+    for site in (read_site, write_site):
+        site.start_forward()
+    apply_edits(hidden, None, 1)
+    assert (write_site.runs, hidden.tolist()) == (0, [[6.0, 8.0]])
 
 
 def test_preserve_norm_keeps_the_norm_and_survives_zero():

@@ -13,6 +13,8 @@ from tests.kernels.conftest import INTERPRETED
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.interprets
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 @pytest.mark.parametrize("kernel", ["encode_topk", "encode_threshold", "count_above", "decode_sparse"])
 def test_kernel_in_the_interpreter(kernel):

@@ -4,43 +4,13 @@ Independent of the code under test: nothing of steer_server, sae_models or steer
 """
 
 import base64
-import json
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-
-class OracleSAE:
-    """A SAELens folder, its activations by the definitions of SAELens' `encode` methods."""
-
-    def __init__(self, folder):
-        self.config = json.loads((Path(folder) / "cfg.json").read_text())
-        with safe_open(Path(folder) / "sae_weights.safetensors", framework="pt") as file:
-            self.w = {name: file.get_tensor(name).double() for name in file.keys()}  # noqa: SIM118
-        self.layer = int(self.config["metadata"]["hook_name"].split(".")[1])
-        self.skip_first = self.config["metadata"].get("steer_server", {}).get("skip_first", 0)
-        self.rescaled = self.config.get("rescale_acts_by_decoder_norm", False)
-
-    def encode(self, x):
-        """[tokens, d_sae] activations of x [tokens, d_in]."""
-        w = self.w
-        sae_in = x.double() - w["b_dec"] if self.config["apply_b_dec_to_input"] else x.double()
-        pre = sae_in @ w["W_enc"] + w["b_enc"]
-        if self.config["architecture"] == "standard":
-            return pre.relu()
-        if self.config["architecture"] == "jumprelu":
-            return pre.relu() * (pre > w["threshold"])
-        if self.rescaled:
-            pre = pre * w["W_dec"].norm(dim=-1)
-        top = pre.topk(self.config["k"], dim=-1)
-        return torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
-
-    def decoder(self, feature):
-        row = self.w["W_dec"][feature]
-        return row / row.norm() if self.rescaled else row
+from tests.oracle.hf_sites import hook
+from tests.oracle.oracle_sae import OracleSAE
 
 
 def inline_rows(data):
@@ -62,11 +32,7 @@ class Oracle:
     @torch.inference_mode()
     def logprobs(self, tokens, prompt_len, spec=None):
         """[len(tokens), vocab] log-probabilities of each next token; positions past prompt_len are generated."""
-        handles = []
-        for index, layer in enumerate(self.model.model.layers):
-            hook = self._hook(index, len(tokens), prompt_len, spec) if spec else None
-            if hook is not None:
-                handles.append(layer.register_forward_hook(hook))
+        handles = self._hooks(len(tokens), prompt_len, spec or {})
         try:
             logits = self.model(torch.tensor([tokens])).logits[0]
         finally:
@@ -74,33 +40,59 @@ class Oracle:
                 handle.remove()
         return logits.float().log_softmax(-1)
 
-    @torch.inference_mode()
     def residual(self, tokens, layer):
         """[len(tokens), d_model]: the stream after `layer`, unsteered."""
-        return self.model(torch.tensor([tokens]), output_hidden_states=True).hidden_states[layer + 1][0]
+        return self.stream(tokens, f"blocks.{layer}.hook_resid_post")
 
-    def _hook(self, layer, length, prompt_len, spec):
-        """A hook that edits layer's output, or None where the spec leaves it alone."""
-        features = [f for f in spec.get("features", []) if self.saes[f["sae"]].layer == layer]
-        vectors = [v for v in spec.get("vectors", []) if layer in v["layers"]]
-        if not features and not vectors:
-            return None
-        masks = [self._mask(e, spec, length, prompt_len) for e in (*features, *vectors)]
+    @torch.inference_mode()
+    def stream(self, tokens, site):
+        """[len(tokens), d_model]: the stream at a hook point, unsteered."""
+        seen = []
+        handle = hook(self.model, site, lambda h: seen.append(h.clone()))
+        try:
+            self.model(torch.tensor([tokens]))
+        finally:
+            handle.remove()
+        return seen[0]
 
-        def hook(module, inputs, output):
-            h = output[0].double() if output.dim() == 3 else output.double()
-            delta = torch.zeros_like(h)
-            for entry, mask in zip((*features, *vectors), masks, strict=True):
-                change = self._feature_delta(entry, h) if "sae" in entry else self._vector_delta(entry, layer, h)
-                delta += torch.where(mask[:, None], change, 0.0)
-            edited = h + delta
-            if spec.get("apply", {}).get("preserve_norm"):
-                scale = h.norm(dim=-1, keepdim=True) / edited.norm(dim=-1, keepdim=True)
-                touched = torch.stack(masks).any(0)
-                edited = torch.where(touched[:, None], edited * scale, edited)
-            return edited.float().reshape(output.shape)
+    def _hooks(self, length, prompt_len, spec):
+        """Hooks that read and edit every site which the spec is about."""
+        # By the site that is written: (entry, mask, site that is read).
+        edits = {}
+        for entry in spec.get("features", []):
+            sae = self.saes[entry["sae"]]
+            for read, written in zip(sae.sites, sae.sites_out, strict=True):
+                edits.setdefault(written, []).append((entry, self._mask(entry, spec, length, prompt_len), read))
+        for entry in spec.get("vectors", []):
+            for layer in entry["layers"]:
+                site = f"blocks.{layer}.hook_resid_post"
+                edits.setdefault(site, []).append((entry, self._mask(entry, spec, length, prompt_len), site))
+        incoming = {}
+        sites = {site for written, rows in edits.items() for site in (written, *(read for _, _, read in rows))}
 
-        return hook
+        def edit_at(site):
+            def edit(stream):
+                h = incoming[site] = stream.double()
+                return self._edited(h, site, edits[site], incoming, spec) if site in edits else None
+
+            return edit
+
+        return [hook(self.model, site, edit_at(site)) for site in sites]
+
+    def _edited(self, h, site, rows, incoming, spec):
+        delta = torch.zeros_like(h)
+        for entry, mask, read in rows:
+            if "sae" in entry:
+                change = self._feature_delta(entry, incoming[read])
+            else:
+                change = self._vector_delta(entry, int(site.split(".")[1]), h)
+            delta += torch.where(mask[:, None], change, 0.0)
+        edited = h + delta
+        if spec.get("apply", {}).get("preserve_norm"):
+            scale = h.norm(dim=-1, keepdim=True) / edited.norm(dim=-1, keepdim=True)
+            touched = torch.stack([mask for _, mask, _ in rows]).any(0)
+            edited = torch.where(touched[:, None], edited * scale, edited)
+        return edited
 
     def _mask(self, entry, spec, length, prompt_len):
         apply = spec.get("apply", {}) | entry.get("apply", {})
@@ -113,9 +105,9 @@ class Oracle:
         }[apply.get("phase", "all")]
         return phase & (position >= skip)
 
-    def _feature_delta(self, entry, h):
+    def _feature_delta(self, entry, x):
         sae = self.saes[entry["sae"]]
-        f = sae.encode(h)[:, entry["index"]]
+        f = sae.encode(x)[:, entry["index"]]
         a = entry.get("value", 0.0)
         g = {
             "set": torch.full_like(f, a),
@@ -125,7 +117,7 @@ class Oracle:
             "scale": a * f,
             "ablate": torch.zeros_like(f),
         }[entry["op"]]
-        return (g - f)[:, None] * sae.decoder(entry["index"])
+        return (g - f)[:, None] * sae.write(entry["index"], x)
 
     @staticmethod
     def _vector_delta(entry, layer, h):

@@ -18,6 +18,7 @@ from steer_server.plan import (
     resolve,
 )
 from steer_server.spec import SteeringError, parse_spec
+from tests.e2e.saes import every_kind
 from tests.sae_models.build import build_sae
 from tests.tensors import inline
 
@@ -58,9 +59,56 @@ def vector(values=None, **changes):
 def test_feature_ops(catalog, op, value, response):
     (edit,) = plan(catalog, {"features": [feature(op=op, value=value)]}).plan.edits
     sha = catalog.saes["a"].sha256
-    assert (edit.read, edit.write, edit.layer) == (EncoderRow(sha, 3), DecoderRow(sha, 3), 1)
+    assert (edit.read, edit.write) == (EncoderRow(sha, 3), DecoderRow(sha, 3))
+    assert (edit.site, edit.read_site, edit.norm) == ("blocks.1.hook_resid_post", None, "none")
     assert edit.response == response
     assert edit.target == Target("all", 0)
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    folders = every_kind(tmp_path_factory.mktemp("kinds"), D_MODEL, 32, list(range(9)))
+    return open_catalog([(name, str(folder)) for name, folder in folders.items()], D_MODEL, range(9))
+
+
+def edits_of(catalog, **changes):
+    resolved = plan(catalog, {"features": [feature(**changes)]}, layers=range(9))
+    return resolved, [(e.site, e.read_site, e.norm, e.read is None) for e in resolved.plan.edits]
+
+
+def test_edits_act_where_the_sae_reads_and_writes(kinds):
+    for name, site in (
+        ("resid_pre", "blocks.0.hook_resid_pre"),
+        ("attn_out", "blocks.1.hook_attn_out"),
+        ("mlp_out", "blocks.2.hook_mlp_out"),
+        ("mlp_in", "blocks.2.mlp.hook_in"),
+    ):
+        resolved, edits = edits_of(kinds, sae=f"kind/{name}")
+        assert edits == [(site, None, "none", False)]
+        assert resolved.entries[0].layers == (int(site.split(".")[1]),)
+
+
+def test_a_transcoder_reads_the_mlps_input_and_writes_its_output(kinds):
+    read, written = "blocks.6.mlp.hook_in", "blocks.6.hook_mlp_out"
+    assert edits_of(kinds, sae="kind/topk_transcoder")[1] == [(written, read, "none", False)]
+    # Adding depends on no stream, except where what is written is scaled by the stream that would be read.
+    assert edits_of(kinds, sae="kind/topk_transcoder", op="add")[1] == [(written, None, "none", True)]
+    assert edits_of(kinds, sae="kind/transcoder", op="add")[1] == [
+        ("blocks.5.hook_mlp_out", "blocks.5.mlp.hook_in", "layer_norm", True)
+    ]
+    assert edits_of(kinds, sae="kind/constant_norm", op="add")[1] == [
+        ("blocks.2.hook_resid_post", None, "constant_norm", True)
+    ]
+
+
+def test_an_sae_on_several_layers_acts_on_each(kinds):
+    resolved, edits = edits_of(kinds, sae="kind/layer_group")
+    assert edits == [(f"blocks.{layer}.hook_resid_post", None, "none", False) for layer in (7, 8)]
+    assert resolved.entries[0].layers == (7, 8)
+    assert len(resolved.plan.row_refs()) == 2
+    nine = {"features": [feature(sae="kind/layer_group", index=i) for i in range(5)]}
+    with pytest.raises(SteeringError, match=r"features\[4\] brings the request to 10 edit rows"):
+        plan(kinds, nine, layers=range(9))
 
 
 def test_adding_to_a_feature_reads_nothing(catalog):
@@ -100,10 +148,12 @@ def test_an_added_vector_stays_as_it_is(catalog, dtype):
 
 def test_one_row_for_all_layers_or_one_each(catalog):
     shared = plan(catalog, {"vectors": [vector(layers=[0, 2, 3])]}).plan
-    assert [e.layer for e in shared.edits] == [0, 2, 3]
+    assert [e.site for e in shared.edits] == [f"blocks.{layer}.hook_resid_post" for layer in (0, 2, 3)]
     assert len(shared.rows) == len(shared.row_refs()) == 1
     each = plan(catalog, {"vectors": [vector(np.eye(8)[:2], layers=[3, 0])]}).plan
-    by_layer = {e.layer: np.frombuffer(each.rows[e.write.sha256], dtype=np.float32) for e in each.edits}
+    by_layer = {
+        int(e.site.split(".")[1]): np.frombuffer(each.rows[e.write.sha256], dtype=np.float32) for e in each.edits
+    }
     assert np.array_equal(by_layer[3], np.eye(8)[0])
     assert np.array_equal(by_layer[0], np.eye(8)[1])
 

@@ -9,8 +9,8 @@ from steer_server.plan import BlockKeys, DecoderRow, Edit, Plan, Response, Targe
 BLOCK = 16
 
 
-def plan_of(*targets, shift=1.0, preserve_norm=False):
-    edits = [Edit(1, None, DecoderRow("sae", i), Response(shift=shift), t) for i, t in enumerate(targets)]
+def plan_of(*targets, shift=1.0, preserve_norm=False, site="blocks.1.hook_mlp_out", **rest):
+    edits = [Edit(site, None, DecoderRow("sae", i), Response(shift=shift), t, **rest) for i, t in enumerate(targets)]
     return Plan.build(edits, {}, preserve_norm)
 
 
@@ -66,9 +66,19 @@ def test_equal_keys_mean_equal_edits_on_every_token(targets_a, targets_b, prompt
         assert (key_a is None) == all(not acting(a, prompt_a, p) for p in positions)
 
 
-@pytest.mark.parametrize("change", [{"shift": 2.0}, {"preserve_norm": True}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shift": 2.0},
+        {"preserve_norm": True},
+        {"site": "blocks.1.hook_attn_out"},
+        {"read_site": "blocks.1.mlp.hook_in"},
+        {"norm": "layer_norm"},
+    ],
+)
 def test_what_the_edits_do_is_part_of_the_key(change):
     assert keys(plan_of(Target("all")), 8) != keys(plan_of(Target("all"), **change), 8)
+    assert plan_of(Target("all")).fingerprint != plan_of(Target("all"), **change).fingerprint
 
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), max_size=8), st.integers(0, 90), st.integers(0, 90))

@@ -16,7 +16,7 @@ from steer_server.engine.worker import WorkerSteering
 from steer_server.sae.evaluate import EvalError, check_fit, compare, serving, token_sequences
 from steer_server.sae.fidelity import FidelityReport, FidelitySums, Observation, jaccard, kl_divergence
 from steer_server.sae.fidelity_plot import save_density_histogram
-from steer_server.sae.reference import ReferenceModel, ReferenceSAE
+from steer_server.sae.reference import ReferenceModel, SAELensReference
 from steer_server.sae.splice import edits_of_splice, reconstruction, zero_ablation
 from tests.sae_models.build import build_sae
 
@@ -161,7 +161,7 @@ def test_edit_rows_replace_the_stream_by_the_reconstruction(architecture, tokens
     sae = replace(load(build_sae(tmp_path / "sae", **ARCHITECTURES[architecture])), skip_first=2)
     options = parse_options({"saes": {"s": str(tmp_path / "sae")}, "max_edits": edits_of_splice(sae)})
     worker = WorkerSteering(resolve_config(options, ModelFacts("m", 8, 4, 2, 1)), torch.float32, torch.device("cpu"))
-    worker.capture([1, 3])
+    worker.capture(["blocks.1.hook_resid_post", "blocks.3.hook_resid_post"])
     for name, plan in (("sae", reconstruction(sae).plan), ("zero", zero_ablation(sae).plan)):
         worker.add_request(name, plan, tokens)
         hidden, residual = torch.randn(2, tokens + 3, 8)
@@ -170,8 +170,8 @@ def test_edit_rows_replace_the_stream_by_the_reconstruction(architecture, tokens
         for site in range(4):
             apply_edits(hidden, residual, site)
         worker.end_step()
-        reference = ReferenceSAE(tmp_path / "sae")
-        wanted = reference.decode(reference.encode(stream.double()))
+        reference = SAELensReference(tmp_path / "sae")
+        wanted = reference.decode(reference.encode(stream.double()), stream)
         wanted = wanted if name == "sae" else torch.zeros_like(wanted)
         wanted[:2], wanted[tokens:] = stream[:2].double(), stream[tokens:].double()
         assert torch.allclose((hidden + residual).double(), wanted, atol=1e-5)
@@ -216,7 +216,7 @@ class TestServed:
     """One engine with a TopK and a JumpReLU SAE of the same layer."""
 
     def test_topk_agrees(self, engine, network, topk, sequences):
-        report = compare(engine, network, topk, ReferenceSAE(topk.weights.parent), sequences, "smollm2")
+        report = compare(engine, network, topk, SAELensReference(topk.folder), sequences, "smollm2")
         assert report.agrees, report.disagreements
         assert report.served.tokens == 1000 - len(sequences) - report.served.sinks
         assert report.served.kl_score == pytest.approx(report.reference.kl_score, abs=0.002)
@@ -227,20 +227,20 @@ class TestServed:
         json.dumps(report.as_json())
 
     def test_jumprelu_agrees(self, engine, network, jumprelu, sequences):
-        report = compare(engine, network, jumprelu, ReferenceSAE(jumprelu.weights.parent), sequences[:2], "smollm2")
+        report = compare(engine, network, jumprelu, SAELensReference(jumprelu.folder), sequences[:2], "smollm2")
         assert report.agrees, report.disagreements
         assert report.served.l0 > 1
 
     def test_another_saes_weights_do_not_agree(self, engine, network, topk, jumprelu, sequences):
-        report = compare(engine, network, topk, ReferenceSAE(jumprelu.weights.parent), sequences[:1], "smollm2")
+        report = compare(engine, network, topk, SAELensReference(jumprelu.folder), sequences[:1], "smollm2")
         assert not report.agrees
         assert len(report.disagreements) >= 3
 
     def test_only_what_was_asked_is_replaced(self, engine, topk, sequences):
-        layer = topk.hook_point.layer
+        site = str(topk.hook_point)
         clean = engine.run(sequences[0])
         zeroed = engine.run(sequences[0], AdmittedSteering(zero_ablation(topk), None))
-        assert torch.equal(zeroed.streams[layer][0], clean.streams[layer][0])
+        assert torch.equal(zeroed.streams[site][0], clean.streams[site][0])
         # Rounding of hidden + residual, whose parts are far larger than their sum for some dimensions.
-        assert zeroed.streams[layer][1:].abs().max() < 1e-5 * clean.streams[layer].abs().max()
+        assert zeroed.streams[site][1:].abs().max() < 1e-5 * clean.streams[site].abs().max()
         assert torch.allclose(engine.run(sequences[0]).logprobs, clean.logprobs)

@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GemmaConfig,
     GemmaForCausalLM,
     GPT2Config,
@@ -344,6 +346,7 @@ SIZE = {"vocab_size": 49152, "hidden_size": 16, "num_hidden_layers": 2, "num_att
 TINY = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZE, intermediate_size=32, num_key_value_heads=1)),
     "gemma": lambda: GemmaForCausalLM(GemmaConfig(**SIZE, intermediate_size=32, num_key_value_heads=1, head_dim=8)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZE, intermediate_size=32, num_key_value_heads=1, head_dim=8)),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=49152, n_embd=16, n_layer=2, n_head=2, n_positions=64)),
 }
 
@@ -380,6 +383,51 @@ def test_other_families_are_read_at_the_same_place(family, layer, model_dir, tmp
         for most, scores in ((logits.topk(10), feature.raised), (logits.topk(10, largest=False), feature.lowered)):
             assert [score.score for score in scores] == pytest.approx(most.values.tolist(), rel=1e-3)
             assert {score.token for score in scores[:9]} <= {texts[ordinary[i]] for i in most.indices.tolist()}
+
+
+PLACES = {
+    "blocks.0.hook_resid_pre": lambda network: network.model.embed_tokens,
+    "blocks.1.hook_attn_out": lambda network: network.model.layers[1].self_attn.o_proj,
+    "blocks.1.hook_mlp_out": lambda network: network.model.layers[1].mlp.down_proj,
+    "blocks.1.mlp.hook_in": lambda network: network.model.layers[1].post_attention_layernorm,
+}
+NORMED_PLACES = {
+    "blocks.1.hook_attn_out": lambda network: network.model.layers[1].post_attention_layernorm,
+    "blocks.1.hook_mlp_out": lambda network: network.model.layers[1].post_feedforward_layernorm,
+    "blocks.1.mlp.hook_in": lambda network: network.model.layers[1].pre_feedforward_layernorm,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "hook_name", "place"),
+    [("llama", *place) for place in PLACES.items()] + [("gemma2", *place) for place in NORMED_PLACES.items()],
+)
+@pytest.mark.parametrize("norm", ["none", "layer_norm"])
+def test_an_sae_is_read_where_it_reads(family, hook_name, place, norm, model_dir, tmp_path, tokenizer):
+    folder = tiny_model(tmp_path / "model", model_dir, TINY[family])
+    config = {"metadata": {"model_name": "m", "hook_name": hook_name}, "normalize_activations": norm}
+    sae = load(build_sae(tmp_path / "sae", d_in=16, d_sae=12, cfg=config))
+    network = TINY[family]().from_pretrained(folder)
+    evidence, features = explain(sae, folder, TEXTS[1:2], SOURCES, spans=0)
+    features = list(features)
+    seen = []
+    place(network).register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        network(torch.tensor([tokenizer(TEXTS[1]).input_ids]))
+    acts = sae.encode(seen[0][0].double())
+    kept = seen[0][0].norm(dim=-1) <= 10 * seen[0][0].norm(dim=-1).median()
+    assert evidence.tokens == int(kept.sum())
+    wanted = acts[kept].amax(0).tolist()
+    assert [feature.max_activation for feature in features] == pytest.approx(wanted, abs=1e-4)
+    assert max(wanted) > 0.1
+
+
+def test_a_place_that_cannot_be_read_is_named(model_dir, tmp_path):
+    folder = tiny_model(tmp_path / "model", model_dir, TINY["llama"])
+    hook = {"metadata": {"model_name": "m", "hook_name": "blocks.1.ln2.hook_normalized"}}
+    sae = load(build_sae(tmp_path / "sae", d_in=16, d_sae=12, cfg=hook))
+    with pytest.raises(ExplainError, match=r"blocks.1.ln2.hook_normalized is not a place"):
+        explain(sae, folder, TEXTS[1:2], SOURCES)
 
 
 def test_a_prefix_of_the_tokenizer_is_no_text(model_dir, tmp_path, tokenizer):

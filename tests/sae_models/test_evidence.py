@@ -13,7 +13,6 @@ from sae_models.features.evidence import (
     PairCounts,
     Strongest,
     Tally,
-    activations,
     automatic_label,
     folded_unembedding,
     informative,
@@ -21,15 +20,6 @@ from sae_models.features.evidence import (
     vocabulary_projection,
 )
 from sae_models.features.feature import QUANTILES, Feature, TokenScore
-
-
-def test_activations_are_those_of_each_architecture():
-    pre = torch.tensor([[1.0, -2.0, 0.5, 0.2], [-1.0, -2.0, -0.5, 3.0]])
-    assert torch.equal(activations(pre, "standard", None, None), torch.tensor([[1.0, 0, 0.5, 0.2], [0, 0, 0, 3.0]]))
-    threshold = torch.tensor([1.0, 0.0, 0.4, 0.3])
-    assert torch.equal(activations(pre, "jumprelu", None, threshold), torch.tensor([[0, 0, 0.5, 0], [0, 0, 0, 3.0]]))
-    # The second of the two largest of the second row is negative.
-    assert torch.equal(activations(pre, "topk", 2, None), torch.tensor([[1.0, 0, 0.5, 0], [0, 0, 0, 3.0]]))
 
 
 def test_quantiles_are_right_within_one_percent():

@@ -47,12 +47,20 @@ def test_options_arrive_and_others_keep_their_own(create):
     json.dumps(vllm_config.additional_config)
 
 
-def test_the_compiled_graphs_key_knows_the_layers_and_not_the_saes(create, tmp_path):
+def test_the_compiled_graphs_key_knows_the_sites_and_not_the_saes(create, tmp_path):
     folder = build_sae(tmp_path / "s", d_in=128, layer=1)
-    plain, with_sae, fewer_layers = (
-        create(steering=steering).compute_hash() for steering in ({}, {"saes": {"x": str(folder)}}, {"layers": [1]})
+    elsewhere = build_sae(tmp_path / "e", d_in=128, cfg={"metadata": {"hook_name": "blocks.1.hook_attn_out"}})
+    plain, with_sae, fewer_layers, another_site = (
+        create(steering=steering).compute_hash()
+        for steering in (
+            {},
+            {"saes": {"x": str(folder)}},
+            {"layers": [1]},
+            {"saes": {"x": str(folder), "y": str(elsewhere)}},
+        )
     )
-    assert plain == with_sae != fewer_layers
+    assert plain == with_sae
+    assert len({plain, fewer_layers, another_site}) == 3
 
 
 def test_an_unarmed_configuration_has_another_key(create):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
@@ -24,17 +25,54 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 
 
+class TokenNorm(IntEnum):
+    """How a token's stream x is scaled before it is read, and what is written is scaled back (SAELens `sae.py`).
+
+    What is read is a(x) * x . read, and what is written is multiplied by s(x).
+    NONE: a = s = 1.
+    LAYER_NORM: s = std(x) with Bessel's correction, a = 1 / (s + 1e-5). Subtracting the mean is linear and part of the
+        row that is read along.
+    CONSTANT_NORM: s = ‖x‖ / sqrt(d_model), a = sqrt(d_model) / max(‖x‖, 1e-30).
+    """
+
+    NONE = 0
+    LAYER_NORM = 1
+    CONSTANT_NORM = 2
+
+
+LAYER_NORM_EPS = 1e-5
+SMALLEST_NORM = 1e-30
+"""Streams shorter than this count as this long, so that a zero stream is read as zero."""
+
+
 @dataclass(frozen=True)
 class TopKEncoder:
-    """A whole encoder, needed to decide which features are among a token's k largest.
+    """A whole encoder, needed to decide which features of a token survive, by comparing them with each other.
 
     W_enc: [d_model, d_sae] and b_enc: [d_sae], both float32 on the model's device, with everything folded in:
-    pre-activations are `h @ W_enc + b_enc`.
+    pre-activations are `a * x @ W_enc + b_enc`, a being that of the token norm of the rows that read through it.
+
+    k: of each group, the k largest pre-activations survive; equal values are ranked by index (Gao et al. 2024).
+    groups: the features are in so many consecutive groups of equal size.
+    absolute: magnitudes are compared (AbsTopK).
+    router: (W [d_model, groups], b [groups]), float32. Only the group with the largest `a * x @ W + b` survives, the
+        first of equals, its activations times the softmax probability of that group (Mudide et al. 2024).
     """
 
     W_enc: torch.Tensor
     b_enc: torch.Tensor
     k: int
+    groups: int = 1
+    absolute: bool = False
+    router: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def group_size(self) -> int:
+        return self.b_enc.shape[0] // self.groups
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.W_enc, self.b_enc, *(self.router or ())))
 
 
 @dataclass(frozen=True)
@@ -43,12 +81,14 @@ class SiteEdits:
 
     start, stop: the tokens [start, stop) of the batch that the row acts on.
     read, write: rows of the bank. read = -1 means that nothing is read and f = 0.
-    bias, threshold: f = p if p > threshold else 0, with p = read . h + bias. ReLU has threshold 0, JumpReLU its own
-        (Rajamanoharan et al. 2024: the value is p, not p - threshold), identity -inf.
+    bias, threshold: f = p if p > threshold else 0, with p = a(x) * read . x + bias. ReLU has threshold 0, JumpReLU its
+        own (Rajamanoharan et al. 2024: the value is p, not p - threshold), identity -inf.
     scale, shift, low, high: g(f) = clamp(scale * f + shift, low, high). `set` is (0, a), `add` (1, a), `min` low = a,
         `max` high = a, `scale` (c, 0), `ablate` (0, 0).
-    encoder, feature: where encoder >= 0, f is zero unless `feature` is among the k largest pre-activations of that
-        encoder, equal values ranked by index (Gao et al. 2024).
+    encoder, feature: where encoder >= 0, f is zero unless `feature` survives in that encoder.
+    norm: a TokenNorm, whose a scales what is read and whose s scales what is written.
+    source: the site whose stream x is read, which an earlier op of the same forward sees; -1 for h, the stream that is
+        edited.
     preserve_norm: after all rows are applied, h' is rescaled to the norm of h.
     """
 
@@ -64,6 +104,8 @@ class SiteEdits:
     high: FloatArray
     encoder: IntArray
     feature: IntArray
+    norm: IntArray
+    source: IntArray
     preserve_norm: npt.NDArray[np.bool_]
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""The custom op that a compiled model calls after each armed layer."""
+"""The custom op that a compiled model calls at each armed hook point."""
 
 from __future__ import annotations
 
@@ -6,34 +6,42 @@ from collections.abc import Sequence
 
 import torch
 
-from steer_kernels.apply_edits.edits import TopKEncoder
-from steer_kernels.apply_edits.torch_path import PreparedEdits, apply_prepared
+from steer_kernels.apply_edits.torch_path import PreparedEdits, RemoteReads, apply_prepared
 
 
 class Site:
     """An armed hook point and what the current forward needs there."""
 
-    def __init__(self, encoders: Sequence[TopKEncoder] = ()) -> None:
-        self.encoders = encoders
+    def __init__(self) -> None:
         self.edits: PreparedEdits | None = None
+        self.reads: list[RemoteReads] = []
+        """What later sites of the forward need of the stream that comes in here."""
         self.runs = 0
         """How often edits were applied here; the engine compares it with what it asked for."""
 
+    def start_forward(self) -> None:
+        self.runs = 0
+        for reads in self.reads:
+            reads.forget()
+
     def apply(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
-        if self.edits is not None:
-            apply_prepared(hidden, residual, self.edits, self.encoders)
+        for reads in self.reads:
+            reads.read(hidden, residual)
+        # Half of the edits would pass for all of them: where another site was not read, nothing is applied or counted.
+        if self.edits is not None and all(reads.ready for reads in self.edits.remote):
+            apply_prepared(hidden, residual, self.edits)
             self.runs += 1
 
 
 class CapturingSite(Site):
     """A site that keeps what leaves it: for measurements, so that the sites of a server pay nothing for them."""
 
-    def __init__(self, encoders: Sequence[TopKEncoder] = ()) -> None:
-        super().__init__(encoders)
+    def __init__(self) -> None:
+        super().__init__()
         self.tokens = 0
         """How many of the next forward's rows are tokens; the rest is padding."""
         self.captured: list[torch.Tensor] = []
-        """The residual stream [tokens, d_model] of each forward, float32."""
+        """The stream [tokens, d_model] of each forward, float32."""
 
     def apply(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
         super().apply(hidden, residual)
@@ -63,7 +71,7 @@ def _apply_edits_fake(hidden: torch.Tensor, residual: torch.Tensor | None, site:
     return None
 
 
-# In place on the layer's own output: Inductor then calls the op on that buffer and allocates nothing, where a
+# In place on the module's own output: Inductor then calls the op on that buffer and allocates nothing, where a
 # functional op would copy the stream at every layer of every idle step.
 _library = torch.library.Library("steer_kernels", "FRAGMENT")
 _library.define("apply_edits(Tensor(a!) hidden, Tensor? residual, int site) -> ()")

@@ -2,23 +2,33 @@
 
 What does not depend on the stream is computed when a step table is prepared and reused while the table lasts, which is
 most of decoding. Edits of one token become rows beside each other (decode); edits of many tokens become small matrix
-products over a slice (prefill).
+products over a slice (prefill). What differs by kind of row (the encoder, the token norm) is decided when the table is
+prepared: rows of one kind are one group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from steer_kernels.apply_edits.edits import FloatArray, IntArray, SiteEdits, TopKEncoder, stream_limit
+from steer_kernels.apply_edits.edits import (
+    LAYER_NORM_EPS,
+    SMALLEST_NORM,
+    FloatArray,
+    IntArray,
+    SiteEdits,
+    TokenNorm,
+    TopKEncoder,
+    stream_limit,
+)
 
 # Below this, rows beside each other cost less than a matrix product per span.
 MIN_SPAN = 8
-# Bounds the [tokens, d_sae] pre-activations that a TopK membership test holds at once.
+# Bounds the [tokens, features] pre-activations that a membership test holds at once.
 MEMBERSHIP_CHUNK = 256
 
 
@@ -80,8 +90,13 @@ class _Response:
             high=column(edits.high, np.inf),
         )
 
-    def activation(self, pre: torch.Tensor) -> torch.Tensor:
-        return pre if self.threshold is None else torch.where(pre > self.threshold, pre, 0.0)
+    def activation(self, pre: torch.Tensor, index: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """f of pre-activations; index: those rows of the group that they are of."""
+        return pre if self.threshold is None else torch.where(pre > self.threshold[index], pre, 0.0)
+
+    def may_be_on(self, pre: torch.Tensor) -> torch.Tensor:
+        """Where f is not zero, whatever the other features are."""
+        return torch.ones_like(pre, dtype=torch.bool) if self.threshold is None else pre > self.threshold
 
     def coefficient(self, f: torch.Tensor) -> torch.Tensor:
         g = torch.addcmul(self.shift, f, self.scale)
@@ -90,6 +105,61 @@ class _Response:
         if self.high is not None:
             g = torch.minimum(g, self.high)
         return g.sub_(f)
+
+
+def _scaled(x: torch.Tensor, norm: TokenNorm) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(a * x, s) of streams x [tokens, d_model]; s [tokens], None for ones."""
+    if norm is TokenNorm.NONE:
+        return x, None
+    if norm is TokenNorm.LAYER_NORM:
+        s = x.std(dim=-1)
+        return x / (s + LAYER_NORM_EPS).unsqueeze(-1), s
+    length, root = torch.linalg.vector_norm(x, dim=-1), x.shape[-1] ** 0.5
+    return x * (root / length.clamp(min=SMALLEST_NORM)).unsqueeze(-1), length / root
+
+
+@dataclass(frozen=True)
+class _Selector:
+    """What decides which features of one group of an encoder survive.
+
+    W_enc: [d_model, group size], b_enc: [group size]. feature [n]: places in the group of the features that are asked
+    for. group: its number.
+    """
+
+    W_enc: torch.Tensor
+    b_enc: torch.Tensor
+    k: int
+    absolute: bool
+    router: tuple[torch.Tensor, torch.Tensor] | None
+    group: int
+    feature: torch.Tensor
+
+    @staticmethod
+    def of(encoder: TopKEncoder, features: IntArray) -> _Selector:
+        """features: of one group."""
+        size = encoder.group_size
+        group = int(features[0]) // size
+        columns = slice(group * size, (group + 1) * size)
+        return _Selector(
+            W_enc=encoder.W_enc[:, columns],
+            b_enc=encoder.b_enc[columns],
+            k=encoder.k,
+            absolute=encoder.absolute,
+            router=encoder.router,
+            group=group,
+            feature=torch.from_numpy(features - group * size).to(encoder.b_enc.device),
+        )
+
+    def pre_acts(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.b_enc, x, self.W_enc)
+
+    def probability(self, x: torch.Tensor) -> torch.Tensor | None:
+        """[tokens]: that of the group, 0 where the router chooses another; None without a router."""
+        if self.router is None:
+            return None
+        logits = torch.addmm(self.router[1], x, self.router[0])
+        # argmax is the first of equals.
+        return torch.where(logits.argmax(-1) == self.group, logits.softmax(-1)[:, self.group], 0.0)
 
 
 @dataclass(frozen=True)
@@ -109,25 +179,30 @@ class _ReadPairs:
     write: torch.Tensor
     bias: torch.Tensor
     response: _Response
+    norm: TokenNorm
 
     def pre_acts(self, x: torch.Tensor) -> torch.Tensor:
         return (x * self.read).sum(-1) + self.bias
 
+    def coefficient(self, f: torch.Tensor, s: torch.Tensor | None) -> torch.Tensor:
+        """What `write` is multiplied by, [P]."""
+        coefficient = self.response.coefficient(f)
+        return coefficient if s is None else coefficient.mul_(s)
+
 
 @dataclass(frozen=True)
 class _MemberPairs:
-    """Rows that read through one TopK encoder, each on one token. slot: the token's place among the distinct ones."""
+    """Rows that read through one group of an encoder, each on one token. slot: its place among the distinct ones."""
 
     pairs: _ReadPairs
-    encoder: int
-    feature: torch.Tensor
+    selector: _Selector
     distinct: _Tokens
     slot: torch.Tensor
 
 
 @dataclass(frozen=True)
 class _Span:
-    """Rows on the same tokens [start, stop), through the same encoder or none.
+    """Rows on the same tokens [start, stop), of one kind.
 
     constant [d_model]: what those that read nothing add, together.
     """
@@ -137,60 +212,145 @@ class _Span:
     constant: torch.Tensor | None
     reads: _SpanReads | None
 
+    def stream(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """That of its tokens, float32."""
+        x = hidden[self.start : self.stop].float()
+        return x if residual is None else x + residual[self.start : self.stop].float()
+
 
 @dataclass(frozen=True)
 class _SpanReads:
-    """n rows that read. read, write: [n, d_model] float32. encoder, feature [n]: what TopK they read through, or -1."""
+    """n rows that read. read, write: [n, d_model] float32. selector: what decides whether their features survive."""
 
     read: torch.Tensor
     write: torch.Tensor
     bias: torch.Tensor
     response: _Response
-    encoder: int
-    feature: torch.Tensor
+    norm: TokenNorm
+    selector: _Selector | None
 
     @staticmethod
-    def of(edits: SiteEdits, rows: torch.Tensor) -> _SpanReads:
+    def of(edits: SiteEdits, rows: torch.Tensor, encoders: Sequence[TopKEncoder]) -> _SpanReads:
+        encoder = int(edits.encoder[0])
         return _SpanReads(
             read=_gather(rows, edits.read),
             write=_gather(rows, edits.write),
             bias=torch.from_numpy(edits.bias).to(rows.device),
             response=_Response.of(edits, rows.device),
-            encoder=int(edits.encoder[0]),
-            feature=torch.from_numpy(edits.feature).to(rows.device),
+            norm=TokenNorm(int(edits.norm[0])),
+            selector=None if encoder < 0 else _Selector.of(encoders[encoder], edits.feature),
         )
 
-    def activations(self, x: torch.Tensor, encoders: Sequence[TopKEncoder]) -> torch.Tensor:
-        """f [tokens, n] of x [tokens, d_model], float32."""
+    def activations(self, x: torch.Tensor) -> torch.Tensor:
+        """f [tokens, n] of x [tokens, d_model], float32, scaled by the token norm."""
         pre = torch.addmm(self.bias, x, self.read.T)
-        if self.encoder < 0:
+        if self.selector is None:
             return self.response.activation(pre)
-        encoder = encoders[self.encoder]
         f = torch.zeros_like(pre)
-        # As for pairs: tokens on which no row can be on need no full encode.
-        undecided = (pre > 0).any(-1).nonzero().squeeze(-1)
-        for chunk in undecided.split(MEMBERSHIP_CHUNK):
-            all_pre = torch.addmm(encoder.b_enc, x.index_select(0, chunk), encoder.W_enc)
-            f[chunk] = _topk(all_pre, encoder.k).index_select(1, self.feature)
-        return f
+        # As for pairs: tokens on which no row can be on need no encode.
+        undecided = self.response.may_be_on(pre).any(-1)
+        probability = self.selector.probability(x)
+        if probability is not None:
+            undecided &= probability > 0
+        for chunk in undecided.nonzero().squeeze(-1).split(MEMBERSHIP_CHUNK):
+            kept = _topk(self.selector.pre_acts(x.index_select(0, chunk)), self.selector.k, self.selector.absolute)
+            f[chunk] = self.response.activation(kept.index_select(1, self.selector.feature))
+        return f if probability is None else f.mul_(probability.unsqueeze(-1))
+
+    def coefficient(self, x: torch.Tensor) -> torch.Tensor:
+        """What `write` is multiplied by, [tokens, n]; x [tokens, d_model] float32."""
+        x, s = _scaled(x, self.norm)
+        coefficient = self.response.coefficient(self.activations(x))
+        return coefficient if s is None else coefficient.mul_(s.unsqueeze(-1))
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Edits that read one stream, sorted into what the torch path runs."""
+
+    constants: _ConstantPairs | None
+    reads: tuple[_ReadPairs, ...]
+    members: tuple[_MemberPairs, ...]
+    spans: tuple[_Span, ...]
+
+    @property
+    def reads_stream(self) -> bool:
+        return bool(self.reads) or bool(self.members) or any(span.reads is not None for span in self.spans)
+
+    def coefficients(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> list[torch.Tensor]:
+        """What each group that reads multiplies its rows by, from the stream that it reads."""
+        found = []
+        for pairs in self.reads:
+            x, s = _scaled(pairs.tokens.stream(hidden, residual), pairs.norm)
+            found.append(pairs.coefficient(pairs.response.activation(pairs.pre_acts(x)), s))
+        for group in self.members:
+            x, s = _scaled(group.distinct.stream(hidden, residual), group.pairs.norm)
+            f = _member_activation(x, group)
+            found.append(group.pairs.coefficient(f, None if s is None else s.index_select(0, group.slot)))
+        for span in self.spans:
+            if span.reads is not None:
+                found.append(span.reads.coefficient(span.stream(hidden, residual)))
+        return found
+
+    def write(self, total: torch.Tensor, coefficients: list[torch.Tensor]) -> None:
+        """Add every row's part to total [tokens, d_model], float32."""
+        if self.constants is not None:
+            self.constants.tokens.add_to(total, self.constants.delta)
+        left = iter(coefficients)
+        for pairs in (*self.reads, *(group.pairs for group in self.members)):
+            pairs.tokens.add_to(total, pairs.write * next(left).unsqueeze(-1))
+        for span in self.spans:
+            part = total[span.start : span.stop]
+            if span.reads is not None:
+                part.addmm_(next(left), span.reads.write)
+            if span.constant is not None:
+                part.add_(span.constant)
+
+
+class RemoteReads:
+    """What the edits of one site read at another, which runs earlier in the same forward.
+
+    source: the site that is read.
+    """
+
+    def __init__(self, source: int, groups: _Groups) -> None:
+        self.source = source
+        self._groups = groups
+        self._coefficients: list[torch.Tensor] | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the stream was read and nothing was written with it yet."""
+        return self._coefficients is not None
+
+    def read(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+        """Leave behind what `write` needs of the stream at `source`."""
+        self._coefficients = self._groups.coefficients(hidden, residual)
+
+    def forget(self) -> None:
+        self._coefficients = None
+
+    def write(self, total: torch.Tensor) -> None:
+        if self._coefficients is None:
+            raise RuntimeError(f"site {self.source} was not read in this forward")
+        self._groups.write(total, self._coefficients)
+        self._coefficients = None
 
 
 @dataclass(frozen=True)
 class PreparedEdits:
-    """SiteEdits sorted into the groups that the torch path runs."""
+    """SiteEdits sorted into the groups that the torch path runs. remote: those that read another site."""
 
-    constants: _ConstantPairs | None
-    reads: _ReadPairs | None
-    members: tuple[_MemberPairs, ...]
-    spans: tuple[_Span, ...]
+    local: _Groups
+    remote: tuple[RemoteReads, ...]
     norm_tokens: _Tokens | None
     first_token: int
     last_token: int
 
     @property
     def reads_stream(self) -> bool:
-        """Whether any edit depends on the stream, so that edits can compound from layer to layer."""
-        return self.reads is not None or bool(self.members) or any(span.reads is not None for span in self.spans)
+        """Whether any edit depends on a stream, so that edits can compound from layer to layer."""
+        return bool(self.remote) or self.local.reads_stream
 
 
 def _constant(edits: SiteEdits) -> FloatArray:
@@ -228,21 +388,21 @@ def _read_pairs(edits: SiteEdits, rows: torch.Tensor) -> _ReadPairs:
         write=_gather(rows, edits.write),
         bias=torch.from_numpy(edits.bias).to(rows.device),
         response=_Response.of(edits, rows.device),
+        norm=TokenNorm(int(edits.norm[0])),
     )
 
 
-def _member_pairs(edits: SiteEdits, encoder: int, rows: torch.Tensor) -> _MemberPairs:
+def _member_pairs(edits: SiteEdits, rows: torch.Tensor, encoders: Sequence[TopKEncoder]) -> _MemberPairs:
     tokens, slot = np.unique(edits.start, return_inverse=True)
     return _MemberPairs(
         pairs=_read_pairs(edits, rows),
-        encoder=encoder,
-        feature=torch.from_numpy(edits.feature).to(rows.device),
+        selector=_Selector.of(encoders[int(edits.encoder[0])], edits.feature),
         distinct=_Tokens(tokens, rows.device),
         slot=torch.from_numpy(slot.astype(np.int64)).to(rows.device),
     )
 
 
-def _span(edits: SiteEdits, rows: torch.Tensor) -> _Span:
+def _span(edits: SiteEdits, rows: torch.Tensor, encoders: Sequence[TopKEncoder]) -> _Span:
     reading = edits.read >= 0
     constants, reads = edits.take(~reading), edits.take(reading)
     constant = None
@@ -252,20 +412,19 @@ def _span(edits: SiteEdits, rows: torch.Tensor) -> _Span:
         start=int(edits.start[0]),
         stop=int(edits.stop[0]),
         constant=constant,
-        reads=_SpanReads.of(reads, rows) if len(reads) else None,
+        reads=_SpanReads.of(reads, rows, encoders) if len(reads) else None,
     )
 
 
-def _spans(edits: SiteEdits, rows: torch.Tensor) -> tuple[_Span, ...]:
-    kinds = np.stack([edits.start, edits.stop, edits.encoder], axis=1)
-    return tuple(_span(edits.take((kinds == kind).all(axis=1)), rows) for kind in np.unique(kinds, axis=0))
-
-
-def _members(edits: SiteEdits, rows: torch.Tensor) -> tuple[_MemberPairs, ...]:
-    pairs = _one_row_a_token(edits)
-    return tuple(
-        _member_pairs(pairs.take(pairs.encoder == encoder), int(encoder), rows) for encoder in np.unique(pairs.encoder)
-    )
+def _by_kind(edits: SiteEdits, encoders: Sequence[TopKEncoder], *columns: IntArray) -> list[IntArray]:
+    """Where the edits are of one token norm, one group of one encoder, and equal in the given columns."""
+    group = np.zeros(len(edits), dtype=np.int64)
+    for number in np.unique(edits.encoder[edits.encoder >= 0]):
+        through = edits.encoder == number
+        group[through] = edits.feature[through] // encoders[number].group_size
+    kinds = np.stack([*columns, edits.norm, edits.encoder, group], axis=1)
+    _, kind = np.unique(kinds, axis=0, return_inverse=True)
+    return [np.flatnonzero(kind.ravel() == i) for i in range(int(kind.max()) + 1)]
 
 
 def _split(edits: SiteEdits, mask: npt.NDArray[np.bool_]) -> tuple[SiteEdits | None, SiteEdits | None]:
@@ -275,55 +434,107 @@ def _split(edits: SiteEdits, mask: npt.NDArray[np.bool_]) -> tuple[SiteEdits | N
     return (edits.take(mask), edits.take(~mask)) if bool(mask.any()) else (None, edits)
 
 
-def prepare_edits(edits: SiteEdits, rows: torch.Tensor) -> PreparedEdits:
-    """Sort `edits` (at least one row, each on at least one token) into groups that hold their part of the bank.
-
-    rows: [capacity, d_model], the row bank; what the edits use of it is copied.
-    """
+def _groups(edits: SiteEdits, rows: torch.Tensor, encoders: Sequence[TopKEncoder]) -> _Groups:
+    if bool(edits.norm.any()):
+        # Rows that are scaled depend on the stream though they read no feature: to the torch path, one never on.
+        scaled = (edits.read < 0) & (edits.norm != TokenNorm.NONE)
+        edits = replace(
+            edits,
+            read=np.where(scaled, edits.write, edits.read),
+            threshold=np.where(scaled, np.float32(np.inf), edits.threshold),
+        )
     long, short = _split(edits, edits.stop - edits.start >= MIN_SPAN)
     members, others = _split(short, short.encoder >= 0) if short is not None else (None, None)
     constants = reads = None
     if others is not None:
         pairs = _one_row_a_token(others)
         constants, reads = _split(pairs, pairs.read < 0)
+    read_pairs: tuple[_ReadPairs, ...] = ()
+    if reads is not None:
+        norms = np.unique(reads.norm)
+        parts = [reads] if len(norms) == 1 else [reads.take(reads.norm == norm) for norm in norms]
+        read_pairs = tuple(_read_pairs(part, rows) for part in parts)
+    member_pairs: tuple[_MemberPairs, ...] = ()
+    if members is not None:
+        members = _one_row_a_token(members)
+        member_pairs = tuple(_member_pairs(members.take(kind), rows, encoders) for kind in _by_kind(members, encoders))
+    spans: tuple[_Span, ...] = ()
+    if long is not None:
+        spans = tuple(
+            _span(long.take(kind), rows, encoders) for kind in _by_kind(long, encoders, long.start, long.stop)
+        )
+    return _Groups(
+        constants=None if constants is None else _constant_pairs(constants, rows),
+        reads=read_pairs,
+        members=member_pairs,
+        spans=spans,
+    )
+
+
+_NOTHING = _Groups(constants=None, reads=(), members=(), spans=())
+
+
+def prepare_edits(edits: SiteEdits, rows: torch.Tensor, encoders: Sequence[TopKEncoder] = ()) -> PreparedEdits:
+    """Sort `edits` (at least one row, each on at least one token) into groups that hold their part of the bank.
+
+    rows: [capacity, d_model], the row bank; what the edits use of it is copied. encoders: those that edits number.
+    """
+    away: SiteEdits | None = None
+    local: SiteEdits | None = edits
+    if int(edits.source.max()) >= 0:
+        # A row that neither reads nor is scaled depends on no stream, wherever it would be read.
+        elsewhere = (edits.source >= 0) & ((edits.read >= 0) | (edits.norm != TokenNorm.NONE))
+        away, local = _split(edits, elsewhere)
     norm_tokens = None
     if bool(edits.preserve_norm.any()):
         kept = _one_row_a_token(edits.take(edits.preserve_norm))
         norm_tokens = _Tokens(np.unique(kept.start), rows.device)
+    remote: tuple[RemoteReads, ...] = ()
+    if away is not None:
+        remote = tuple(
+            RemoteReads(int(source), _groups(away.take(away.source == source), rows, encoders))
+            for source in np.unique(away.source)
+        )
     return PreparedEdits(
-        constants=None if constants is None else _constant_pairs(constants, rows),
-        reads=None if reads is None else _read_pairs(reads, rows),
-        members=() if members is None else _members(members, rows),
-        spans=() if long is None else _spans(long, rows),
+        local=_NOTHING if local is None else _groups(local, rows, encoders),
+        remote=remote,
         norm_tokens=norm_tokens,
         first_token=int(edits.start.min()),
         last_token=int(edits.stop.max()),
     )
 
 
-def _member_activation(x: torch.Tensor, group: _MemberPairs, encoder: TopKEncoder) -> torch.Tensor:
-    """TopK activations [P] of the group's features; x [distinct tokens, d_model] is their stream."""
-    f = torch.zeros_like(group.pairs.bias)
-    # A feature with a pre-activation of zero or less is off whatever the others are: most need no full encode.
-    undecided = (group.pairs.pre_acts(x.index_select(0, group.slot)) > 0).nonzero().squeeze(-1)
-    for chunk in undecided.split(MEMBERSHIP_CHUNK):
+def _member_activation(x: torch.Tensor, group: _MemberPairs) -> torch.Tensor:
+    """Activations [P] of the group's features; x [distinct tokens, d_model] is their stream, scaled."""
+    pairs, selector = group.pairs, group.selector
+    f = torch.zeros_like(pairs.bias)
+    # A feature at or below its threshold is off whatever the others are: most need no encode.
+    undecided = pairs.response.may_be_on(pairs.pre_acts(x.index_select(0, group.slot)))
+    probability = selector.probability(x)
+    if probability is not None:
+        probability = probability.index_select(0, group.slot)
+        undecided &= probability > 0
+    for chunk in undecided.nonzero().squeeze(-1).split(MEMBERSHIP_CHUNK):
         slots, inverse = torch.unique(group.slot[chunk], return_inverse=True)
-        all_pre = torch.addmm(encoder.b_enc, x.index_select(0, slots), encoder.W_enc).index_select(0, inverse)
-        feature = group.feature[chunk].unsqueeze(-1)
+        all_pre = selector.pre_acts(x.index_select(0, slots)).index_select(0, inverse)
+        feature = selector.feature[chunk].unsqueeze(-1)
         pre = all_pre.gather(1, feature)
-        ahead = (all_pre > pre).sum(-1)
-        index = torch.arange(all_pre.shape[1], device=x.device)
-        ahead += ((all_pre == pre) & (index < feature)).sum(-1)
-        f[chunk] = torch.where(ahead < encoder.k, pre.squeeze(-1).relu(), 0.0)
-    return f
+        scores, score = (all_pre.abs(), pre.abs()) if selector.absolute else (all_pre, pre)
+        ahead = (scores > score).sum(-1)
+        index = torch.arange(scores.shape[1], device=x.device)
+        ahead += ((scores == score) & (index < feature)).sum(-1)
+        f[chunk] = torch.where(ahead < selector.k, pairs.response.activation(pre.squeeze(-1), chunk), 0.0)
+    return f if probability is None else f.mul_(probability)
 
 
-def _topk(pre_acts: torch.Tensor, k: int) -> torch.Tensor:
-    """TopK activations of whole rows of pre_acts [tokens, d_sae]; equal values go to the lower index."""
-    smallest = pre_acts.topk(k, dim=-1).values[:, -1:]
-    above, tied = pre_acts > smallest, pre_acts == smallest
+def _topk(pre_acts: torch.Tensor, k: int, absolute: bool) -> torch.Tensor:
+    """pre_acts [tokens, features] where they are among the k largest of their token, else 0; equal values go to the
+    lower index. absolute: magnitudes are compared."""
+    scores = pre_acts.abs() if absolute else pre_acts
+    smallest = scores.topk(min(k, scores.shape[-1]), dim=-1).values[:, -1:]
+    above, tied = scores > smallest, scores == smallest
     room = k - above.sum(-1, keepdim=True)
-    return torch.where(above | (tied & (tied.cumsum(-1) <= room)), pre_acts.relu(), 0.0)
+    return torch.where(above | (tied & (tied.cumsum(-1) <= room)), pre_acts, 0.0)
 
 
 def read_activations(
@@ -331,55 +542,34 @@ def read_activations(
 ) -> torch.Tensor:
     """f [tokens, E] that `edits` would act by on each token of stream [tokens, d_model], float32.
 
-    edits: E rows that read, all through the same encoder or none; where they start and stop is not looked at.
+    edits: E rows that read; where they start, stop and read from is not looked at.
     """
-    return _SpanReads.of(edits, rows).activations(stream.float(), encoders)
+    f = torch.empty(len(stream), len(edits), device=stream.device)
+    for kind in _by_kind(edits, encoders):
+        reads = _SpanReads.of(edits.take(kind), rows, encoders)
+        x, _ = _scaled(stream.float(), reads.norm)
+        f[:, torch.from_numpy(kind).to(stream.device)] = reads.activations(x)
+    return f
 
 
-def apply_prepared(
-    hidden: torch.Tensor,
-    residual: torch.Tensor | None,
-    edits: PreparedEdits,
-    encoders: Sequence[TopKEncoder] = (),
-) -> None:
+def apply_prepared(hidden: torch.Tensor, residual: torch.Tensor | None, edits: PreparedEdits) -> None:
     """Edit `hidden` in place so that hidden + residual becomes the edited residual stream.
 
-    hidden, residual: [tokens, d_model] (residual None: hidden is the stream).
+    hidden, residual: [tokens, d_model] (residual None: hidden is the stream). What the edits read elsewhere must have
+    been read: `edits.remote` are ready.
     Reads, activations and sums are float32; `hidden` is written once, in its own dtype.
     """
     # All reads come before any write: several rows may act on one token.
-    deltas: list[tuple[_Tokens, torch.Tensor]] = []
-    if edits.constants is not None:
-        deltas.append((edits.constants.tokens, edits.constants.delta))
-    if edits.reads is not None:
-        pairs = edits.reads
-        f = pairs.response.activation(pairs.pre_acts(pairs.tokens.stream(hidden, residual)))
-        deltas.append((pairs.tokens, pairs.write * pairs.response.coefficient(f).unsqueeze(-1)))
-    for group in edits.members:
-        f = _member_activation(group.distinct.stream(hidden, residual), group, encoders[group.encoder])
-        pairs = group.pairs
-        deltas.append((pairs.tokens, pairs.write * pairs.response.coefficient(f).unsqueeze(-1)))
-    products: list[tuple[_Span, _SpanReads, torch.Tensor]] = []
-    for span in edits.spans:
-        if span.reads is not None:
-            x = hidden[span.start : span.stop].float()
-            if residual is not None:
-                x = x + residual[span.start : span.stop].float()
-            f = span.reads.activations(x, encoders)
-            products.append((span, span.reads, span.reads.response.coefficient(f)))
+    coefficients = edits.local.coefficients(hidden, residual)
     norm_before = None
     if edits.norm_tokens is not None:
         norm_before = torch.linalg.vector_norm(edits.norm_tokens.stream(hidden, residual), dim=-1)
 
     exact = hidden.dtype == torch.float32
     total = hidden if exact else torch.zeros_like(hidden, dtype=torch.float32)
-    for tokens, delta in deltas:
-        tokens.add_to(total, delta)
-    for span, reads, coefficient in products:
-        total[span.start : span.stop].addmm_(coefficient, reads.write)
-    for span in edits.spans:
-        if span.constant is not None:
-            total[span.start : span.stop].add_(span.constant)
+    edits.local.write(total, coefficients)
+    for remote in edits.remote:
+        remote.write(total)
     limit = stream_limit(hidden.dtype)
     touched = slice(edits.first_token, edits.last_token)
     if not exact:

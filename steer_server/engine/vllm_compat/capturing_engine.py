@@ -1,4 +1,4 @@
-"""Seam: an engine in this program's own hands, which says what left some decoder layers. For measurements."""
+"""Seam: an engine in this program's own hands, which says what left some of its sites. For measurements."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from sae_models import HookPoint
 from steer_server.engine.admission import AdmittedSteering
 from steer_server.engine.vllm_compat.engine_core import TAG
 
@@ -18,16 +19,18 @@ from steer_server.engine.vllm_compat.engine_core import TAG
 class CapturedRun:
     """One sequence of n tokens through the served model.
 
-    logprobs: [n - 1] float64, of each token after the first given those before it. streams: the residual stream that
-    left each captured layer, after its edits, [n, d_model] float32.
+    logprobs: [n - 1] float64, of each token after the first given those before it. streams: what left each captured
+    site, after its edits, [n, d_model] float32, by the hook point's name.
     """
 
     logprobs: torch.Tensor
-    streams: dict[int, torch.Tensor]
+    streams: dict[str, torch.Tensor]
 
 
 class CapturingEngine:
-    """A real engine with the plugin, one sequence at a time and nothing cached, its `layers` armed and captured.
+    """A real engine with the plugin, one sequence at a time and nothing cached, that captures `hook_points`.
+
+    The outputs of their layers are armed; other places only where one of the SAEs is.
 
     The plugin must load, which the environment decides as for a server (`VLLM_PLUGINS`, `VLLM_USE_V2_MODEL_RUNNER=0`).
 
@@ -38,7 +41,7 @@ class CapturingEngine:
         self,
         model: str,
         saes: Mapping[str, str],
-        layers: Collection[int],
+        hook_points: Collection[HookPoint],
         max_edits: int,
         context_length: int,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
@@ -46,9 +49,11 @@ class CapturingEngine:
     ) -> None:
         from vllm import LLM
 
-        self.layers = sorted(set(layers))
+        points = sorted(set(hook_points))
+        self.sites = [str(point) for point in points]
         self.dtype = getattr(torch, dtype)
-        steering = {"saes": dict(saes), "layers": self.layers, "pretrained": False, "max_edits": max_edits}
+        layers = sorted({point.layer for point in points})
+        steering = {"saes": dict(saes), "layers": layers, "pretrained": False, "max_edits": max_edits}
         self._llm = LLM(
             model,
             dtype=dtype,
@@ -60,7 +65,7 @@ class CapturingEngine:
             seed=0,
             additional_config={TAG: steering},
         )
-        self._llm.collective_rpc("steering_capture", args=(self.layers,))
+        self._llm.collective_rpc("steering_capture", args=(self.sites,))
 
     def __enter__(self) -> CapturingEngine:
         return self
@@ -91,7 +96,7 @@ class CapturingEngine:
         # Every tensor-parallel worker has the whole stream.
         captured = self._llm.collective_rpc("steering_take_captured")[0]
         streams = {
-            layer: torch.from_numpy(np.frombuffer(data, dtype=np.float32).reshape(len(tokens), -1).copy())
-            for layer, data in zip(self.layers, captured, strict=True)
+            site: torch.from_numpy(np.frombuffer(data, dtype=np.float32).reshape(len(tokens), -1).copy())
+            for site, data in zip(self.sites, captured, strict=True)
         }
         return CapturedRun(logprobs, streams)

@@ -68,7 +68,7 @@ def _update_from_output(original: Any, self: Any, scheduler_output: Any, model_r
         if request is not None:
             spans, missing = request.__dict__.setdefault("_steering_reports", ([], []))
             spans.append(span)
-            missing.extend(report.missing_layers)
+            missing.extend(report.missing_sites)
     outputs = original(self, scheduler_output, model_runner_output)
     for client_outputs in outputs.values():
         for output in client_outputs.outputs:

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from vllm.logger import init_logger
 
-from steer_server.engine.self_test import LayerCheck, Observation, run_self_test
-from steer_server.engine.vllm_compat.decoder_layers import arm, find_decoder_layers, stream_parts
+from sae_models import HookPoint
+from steer_server.engine.self_test import Observation, SiteCheck, run_self_test
+from steer_server.engine.vllm_compat.decoder_layers import Observe, Place, find_decoder_layers, find_places
 from steer_server.engine.vllm_compat.engine_config import steering_config
 from steer_server.engine.vllm_compat.engine_core import wire_plan
 from steer_server.engine.vllm_compat.patching import when_imported, wrap
@@ -62,13 +63,18 @@ def _load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     if config is None:
         return
     layers = find_decoder_layers(self.get_model(), config.n_layers)
-    arm(layers, config.layers, config.d_model)
+    points = [HookPoint.parse(site) for site in config.sites]
+    self.steering_places = find_places(layers, points, config.d_model)
+    for site, place in enumerate(self.steering_places):
+        place.arm(site)
     # Here, so that it is part of what vLLM finds in use when it sizes the KV cache.
     self.steering = WorkerSteering(config, self.model_config.dtype, self.device)
+    others = [str(point) for point in points if point.kind != "resid_post"]
     logger.info(
-        "Steering: %d of %d decoder layers armed; %d SAE(s): %s; row bank of %d rows (%d edits a request), %.1f MiB",
+        "Steering: %d of %d decoder layers armed%s; %d SAE(s): %s; row bank of %d rows (%d edits a request), %.1f MiB",
         len(config.layers),
         config.n_layers,
+        "" if not others else f", and {', '.join(others)}",
         len(config.saes),
         ", ".join(name for name, _ in config.saes) or "none",
         config.rows,
@@ -118,58 +124,69 @@ def _compile_or_warm_up_model(original: Any, self: Any, *args: Any, **kwargs: An
     steering: WorkerSteering | None = runner.steering
     if steering is not None:
         runner.steering_checks = _self_test(runner, steering)
-        logger.info("Steering self-test passed at %d layers", len(runner.steering_checks))
+        others = len(runner.steering_checks) - len(steering.config.layers)
+        logger.info(
+            "Steering self-test passed at %d layers%s",
+            len(steering.config.layers),
+            f" and {others} other sites" if others else "",
+        )
     return result
 
 
 def _self_test_result(self: Any) -> list[dict[str, object]]:
-    """Worker method for `collective_rpc("steering_self_test")`: the start-up checks, one for each armed layer."""
-    checks: list[LayerCheck] = getattr(self.model_runner, "steering_checks", [])
+    """Worker method for `collective_rpc("steering_self_test")`: the start-up checks, one for each armed site."""
+    checks: list[SiteCheck] = getattr(self.model_runner, "steering_checks", [])
     return [check.as_dict() for check in checks]
 
 
-def _capture(self: Any, layers: list[int]) -> None:
-    """Worker method for `collective_rpc("steering_capture")`: keep what leaves `layers` from now on."""
-    self.model_runner.steering.capture(layers)
+def _capture(self: Any, sites: list[str]) -> None:
+    """Worker method for `collective_rpc("steering_capture")`: keep what leaves `sites` from now on."""
+    self.model_runner.steering.capture(sites)
 
 
 def _take_captured(self: Any) -> list[bytes]:
-    """Worker method for `collective_rpc("steering_take_captured")`: float32 [tokens, d_model] of each layer."""
+    """Worker method for `collective_rpc("steering_take_captured")`: float32 [tokens, d_model] of each site."""
     return [stream.cpu().numpy().tobytes() for stream in self.model_runner.steering.take_captured()]
 
 
-def _self_test(runner: Any, steering: WorkerSteering) -> list[LayerCheck]:
+def _self_test(runner: Any, steering: WorkerSteering) -> list[SiteCheck]:
     from vllm.config import CompilationMode
 
-    config = steering.config
-    layers = find_decoder_layers(runner.get_model(), config.n_layers)
-    armed = [(index, layers[index]) for index in config.layers]
+    armed: list[Place] = runner.steering_places
 
-    def run(tokens: int, compiled: bool) -> Observation:
-        before: list[torch.Tensor] = []
-        after: list[torch.Tensor] = []
+    def run(tokens: int, compiled: bool, added: list[torch.Tensor] | None) -> Observation:
+        before: list[torch.Tensor | None] = [None] * len(armed)
+        after: list[torch.Tensor | None] = [None] * len(armed)
+        in_two_parts = [False] * len(armed)
 
-        def watch(into: list[torch.Tensor], index: int) -> Any:
-            def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-                hidden, residual = stream_parts(output, index, config.d_model)
-                into.append(hidden.float().clone() if residual is None else hidden.float() + residual.float())
+        def keep(into: list[torch.Tensor | None], site: int) -> Observe:
+            def observe(hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+                into[site] = hidden.float().clone() if residual is None else hidden.float() + residual.float()
 
-            return hook
+            return observe
+
+        def before_op(site: int) -> Observe:
+            def observe(hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+                in_two_parts[site] = residual is not None
+                if residual is not None and added is not None:
+                    residual += added[site]
+                keep(before, site)(hidden, residual)
+
+            return observe
 
         handles = []
         if not compiled:
-            for index, layer in armed:
-                handles.append(layer.register_forward_hook(watch(before, index), prepend=True))
-                handles.append(layer.register_forward_hook(watch(after, index)))
+            for site, place in enumerate(armed):
+                handles += place.watch(before_op(site), keep(after, site))
         try:
             final = _run_tokens(runner, tokens, compiled)
         finally:
             for handle in handles:
                 handle.remove()
-        return Observation(before, after, final)
+        return Observation(before, after, in_two_parts, final)
 
     compiled = runner.compilation_config.mode != CompilationMode.NONE
-    return run_self_test(config.layers, config.d_model, runner.model_config.dtype, runner.device, run, compiled)
+    return run_self_test(steering.config.sites, runner.model_config.dtype, run, compiled)
 
 
 @torch.inference_mode()

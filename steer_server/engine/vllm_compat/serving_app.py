@@ -19,10 +19,16 @@ class Serving:
     api_key: str | None
 
 
+def api_key(args: Any) -> str | None:
+    """A key that the application accepts, None where it wants none. args: those of `vllm serve`."""
+    from vllm import envs
+
+    return next((key for key in (args.api_key or [envs.VLLM_API_KEY]) if key), None)
+
+
 @asynccontextmanager
 async def serving_app(arguments: list[str]) -> AsyncIterator[Serving]:
     """Start the engine that `vllm serve *arguments` would start, and build the application it would serve."""
-    from vllm import envs
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
     from vllm.entrypoints.launchers.app import build_app
@@ -33,6 +39,7 @@ async def serving_app(arguments: list[str]) -> AsyncIterator[Serving]:
 
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
     args.model = args.model_tag
+    args.serves_batches = False
     validate_parsed_serve_args(args)
     if args.tool_parser_plugin:
         ToolParserManager.import_tool_parser(args.tool_parser_plugin)
@@ -44,10 +51,9 @@ async def serving_app(arguments: list[str]) -> AsyncIterator[Serving]:
         # What vLLM tells to exit when the engine has died; here whoever asks looks at the engine itself.
         app.state.server = SimpleNamespace(should_exit=False)
         await init_app_state(engine, app.state, args, tasks)
-        keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
         yield Serving(
             app,
             engine.model_config.model,
             engine.vllm_config.scheduler_config.max_num_seqs,
-            keys[0] if keys else None,
+            api_key(args),
         )

@@ -1,0 +1,27 @@
+"""A Ray cluster, as it was asked for. Imports no Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """address: None starts Ray on this machine. replicas: engines at a time, each in an actor of its own. gpus: that
+    each replica takes."""
+
+    address: str | None
+    replicas: int
+    gpus: int
+
+
+TENSOR_PARALLEL = ("--tensor-parallel-size", "-tp")
+
+
+def gpus_per_replica(flags: list[str]) -> int:
+    """That one engine takes, by vLLM's flags: as many as tensor parallel ranks."""
+    for i, flag in enumerate(flags):
+        name, separator, value = flag.partition("=")
+        if name.replace("_", "-") in TENSOR_PARALLEL:
+            return int(value if separator else flags[i + 1])
+    return 1
