@@ -9,7 +9,7 @@ ARGS   ?=
 BIN    := $(VENV)/bin
 INPUTS := pyproject.toml scripts/install_engine.py
 
-.PHONY: serve test lint unit bench conformance ray clean help
+.PHONY: serve test lint unit bench conformance ray kernels clean help
 
 help: ## Show this text
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -21,7 +21,7 @@ test: lint $(VENV)/.dev-installed ## Run the whole test suite
 	$(BIN)/python -m pytest
 
 unit: $(VENV)/.dev-installed ## Run the tests that start no engine
-	$(BIN)/python -m pytest -m "not engine"
+	$(BIN)/python -m pytest -m "not engine and not compiles and not interprets"
 
 lint: $(VENV)/.dev-installed ## Run ruff, mypy and hadolint
 	$(BIN)/ruff check .
@@ -38,6 +38,9 @@ conformance: ## Write the SAE fixtures anew with the libraries they come from, a
 ray: $(VENV)/.dev-installed ## Install Ray and run the tests on a cluster of two workers
 	$(BIN)/python -m pip install --quiet 'ray[data]>=2.60'
 	$(BIN)/python -m pytest tests/e2e/test_batch_ray.py
+
+kernels: $(VENV)/.dev-installed ## Run the Triton kernels in the interpreter and compile them for GPUs that are not here
+	$(BIN)/python -m pytest -m "compiles or interprets" tests/kernels
 
 clean: ## Remove the virtual environments and caches
 	rm -rf $(VENV) .conformance .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,97 @@
+"""encode_topk on a CPU: the matrix product is torch's; the selection looks at few of its numbers twice."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from steer_kernels.blocks import pre_activation_blocks
+
+GROUP = 64
+"""Neighbouring features of which the largest is taken first: one pass, as fast as memory."""
+
+FEW = 1 << 17
+"""Pre-activations up to which torch.topk is as fast as the search in groups: measured by benchmarks/kernels."""
+
+
+def encode_topk_torch(
+    x: torch.Tensor,
+    encoder: torch.Tensor,
+    b_enc: torch.Tensor,
+    k: int,
+    absolute: bool = False,
+    scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `encode_topk_reference`, with p in float32."""
+    parts = [_first(pre_acts, k, absolute) for _, pre_acts in pre_activation_blocks(x, encoder, b_enc, scale)]
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        return x.new_empty((0, k), dtype=torch.float32), x.new_empty((0, k), dtype=torch.int64)
+    return torch.cat([values for values, _ in parts]), torch.cat([features for _, features in parts])
+
+
+def _first(pre_acts: torch.Tensor, k: int, absolute: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    ranked = pre_acts.abs() if absolute else pre_acts
+    features = _first_few(ranked, k) if ranked.numel() <= FEW else None
+    if features is None:
+        features = _first_in_groups(ranked, k)
+    return pre_acts.gather(-1, features), features
+
+
+def _first_few(ranked: torch.Tensor, k: int) -> torch.Tensor | None:
+    """Features [n, k] by torch.topk, which leaves the order of equals open: None where there are any, or a NaN."""
+    n_seen = min(k + 1, ranked.shape[1])
+    values, features = ranked.topk(n_seen, dim=-1)
+    # One comparison finds both: NaN is not less than anything. numpy's overhead is a fraction of torch's.
+    seen = values.numpy()
+    if not (seen[:, 1:] < seen[:, :-1]).all() or (n_seen == 1 and bool(values.isnan().any())):
+        return None
+    return features[:, :k]
+
+
+def _first_in_groups(ranked: torch.Tensor, k: int) -> torch.Tensor:
+    """Features [n, k] in rank order, of any ranked [n, d_sae].
+
+    The k-th largest of the groups' maxima is at most the k-th largest number, so what is smaller can be forgotten; a
+    stable sort of the little that is left, which stands in the order of features, gives equals to the lower one.
+    """
+    n, d_sae = ranked.shape
+    group = GROUP
+    while group > 1 and d_sae < group * 2 * k:
+        group //= 2
+    if group == 1:
+        return _first_by_sort(ranked, k)
+    n_groups = -(-d_sae // group)
+    if n_groups * group != d_sae:
+        ranked = F.pad(ranked, (0, n_groups * group - d_sae), value=-torch.inf)
+    groups = ranked.view(n, n_groups, group)
+    maxima = groups.amax(-1)
+    bound = maxima.topk(k, dim=-1, sorted=False).values.amin(-1)
+    # amax hands NaN on, and topk puts it first.
+    if bool(maxima.isnan().any()):
+        return _first_by_sort(ranked[:, :d_sae], k)
+    token, index = (maxima >= bound.unsqueeze(-1)).nonzero(as_tuple=True)
+    candidates = groups[token, index]
+    row, column = (candidates >= bound[token].unsqueeze(-1)).nonzero(as_tuple=True)
+    token, feature = token[row], index[row] * group + column
+    value = candidates[row, column]
+    counts = torch.bincount(token, minlength=n)
+    place = torch.arange(len(token)) - (counts.cumsum(0) - counts)[token]
+    width = int(counts.max())
+    values = torch.full((n, width), -torch.inf)
+    features = torch.full((n, width), d_sae)
+    values[token, place], features[token, place] = value, feature
+    order = values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    return features.gather(-1, order)
+
+
+def _first_by_sort(ranked: torch.Tensor, k: int) -> torch.Tensor:
+    by_value = (
+        ranked.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        .sort(dim=-1, descending=True, stable=True)
+        .indices
+    )
+    # A second stable sort moves NaN behind minus infinity.
+    nan_last = ranked.isnan().gather(-1, by_value).byte().sort(dim=-1, stable=True).indices
+    return by_value.gather(-1, nan_last)[:, :k]
