@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -10,6 +11,13 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_PLUGINS", "steer_server")
 os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def _environment():
+    """Commands that run in this process set what vLLM reads from the environment; later tests see none of it."""
+    with patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")
