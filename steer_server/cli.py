@@ -309,7 +309,8 @@ def steering_options(
 def vllm_arguments(model: str | None, flags: list[str], options: dict[str, Any]) -> list[str]:
     """Arguments of `vllm serve` for these flags; without a model, those of the embedded one."""
     if model is None:
-        from steer_server.embedded_model import SERVED_NAME, EmbeddedModelError, cache_folder, embedded_model
+        from sae_models.cache import cache_folder
+        from steer_server.embedded_model import SERVED_NAME, EmbeddedModelError, embedded_model
 
         console.print(f"Model: embedded SmolLM2-135M-Instruct, converted once into {cache_folder()}", highlight=False)
         try:

@@ -6,10 +6,11 @@ The package carries the weights as a 4-bit GGUF file; they are dequantised once,
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import tempfile
 from pathlib import Path
+
+from sae_models.cache import cache_folder
 
 NAME = "SmolLM2-135M-Instruct"
 SERVED_NAME = "smollm2"
@@ -19,14 +20,6 @@ INSTALL_HINT = "install it with: pip install 'steer-server[demo]'"
 
 class EmbeddedModelError(RuntimeError):
     """The embedded model cannot be had here; the message says what to install."""
-
-
-def cache_folder() -> Path:
-    """`$STEER_SERVER_CACHE`, or `steer-server` in the user's cache folder."""
-    given = os.environ.get("STEER_SERVER_CACHE")
-    if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "steer-server"
 
 
 def embedded_model() -> Path:

@@ -10,11 +10,11 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 
+from sae_models.cache import cache_folder
 from steer_server.batch.engines import LocalEngine
 from steer_server.batch.model_files import model_facts
 from steer_server.batch.service import BatchService
 from steer_server.batch.store import BatchStore
-from steer_server.embedded_model import cache_folder
 from steer_server.engine.vllm_compat.serving_app import api_key
 from steer_server.spec import SteeringError
 
