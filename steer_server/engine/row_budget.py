@@ -30,7 +30,8 @@ class RowBudget:
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._users: Counter[RowRef] = Counter()
-        self._lock = threading.Lock()
+        # Reentrant: collecting garbage in `lease` may give another lease's rows back on the same thread.
+        self._lock = threading.RLock()
 
     def lease(self, rows: frozenset[RowRef], root: str) -> Lease:
         """Reserve `rows`. Raises SteeringError with status 429 where they do not fit beside those in use."""
