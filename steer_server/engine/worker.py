@@ -10,7 +10,18 @@ import numpy.typing as npt
 import torch
 
 from sae_models import SAE
-from steer_kernels.apply_edits import CapturingSite, Site, SiteEdits, TokenNorm, TopKEncoder, bind_sites, prepare_edits
+from steer_kernels.apply_edits import (
+    CapturingSite,
+    Site,
+    SiteEdits,
+    StepTable,
+    TableEdits,
+    TokenNorm,
+    TopKEncoder,
+    bind_sites,
+    prepare_edits,
+)
+from steer_kernels.triton_devices import runs_triton
 from steer_server.catalog import open_catalog
 from steer_server.engine.config import SteeringConfig
 from steer_server.engine.row_bank import Row, RowBank
@@ -73,6 +84,8 @@ class WorkerSteering:
         self._saes: dict[str, SAE] = open_catalog(config.saes, config.d_model, config.layers).by_hash()
         self.bank = RowBank(config.rows, config.d_model, dtype, device)
         self.encoders, self._encoder_index = _encoders(self._saes, device)
+        self.table = StepTable(self.bank.rows, len(config.sites)) if runs_triton(device) else None
+        """Where the device runs Triton's kernels: the edits that they apply."""
         self.sites: list[Site] = [Site() for _ in config.sites]
         self._capturing: list[CapturingSite] = []
         self._site_number = {site: i for i, site in enumerate(config.sites)}
@@ -90,7 +103,8 @@ class WorkerSteering:
     @property
     def nbytes(self) -> int:
         """Memory held for steering on the device."""
-        return self.bank.nbytes + sum(encoder.nbytes for encoder in self.encoders)
+        table = 0 if self.table is None else self.table.nbytes
+        return self.bank.nbytes + table + sum(encoder.nbytes for encoder in self.encoders)
 
     @property
     def has_work(self) -> bool:
@@ -174,17 +188,48 @@ class WorkerSteering:
             return
         self._clear_table()
         self._table_key = key
-        rows, site = (edits.rows, edits.site) if acting.all() else (edits.rows.take(acting), edits.site[acting])
+        everything = bool(acting.all())
+        rows = edits.rows if everything else edits.rows.take(acting)
+        site, owner = (edits.site, edits.owner) if everything else (edits.site[acting], edits.owner[acting])
         rows = replace(rows, start=token_start, stop=token_stop)
+        self._active = np.unique(site).tolist()
+        self._touched.update(self._active)
+        if self.table is None:
+            self._prepare(rows, site)
+            return
+        # Rows of one site are applied together: one that is compared with its whole SAE takes its site along.
+        ranked = np.isin(site, site[rows.encoder >= 0])
+        if ranked.any():
+            self._prepare(rows.take(ranked), site[ranked])
+        if not ranked.all():
+            self._tabulate(self.table, rows.take(~ranked), site[~ranked], owner[~ranked])
+
+    def _prepare(self, rows: SiteEdits, site: npt.NDArray[np.int64]) -> None:
+        """Give `rows`, sorted by the site where they are written, to the torch path."""
         active, begins = np.unique(site, return_index=True)
-        self._active = active.tolist()
-        for i, begin, end in zip(self._active, begins, np.append(begins, len(site))[1:], strict=True):
+        for i, begin, end in zip(active.tolist(), begins, np.append(begins, len(site))[1:], strict=True):
             prepared = prepare_edits(rows.part(begin, end), self.bank.rows, self.encoders)
             self.sites[i].edits = prepared
             for reads in prepared.remote:
                 self.sites[reads.source].reads.append(reads)
                 self._touched.add(reads.source)
-        self._touched.update(self._active)
+
+    def _tabulate(
+        self, table: StepTable, rows: SiteEdits, site: npt.NDArray[np.int64], owner: npt.NDArray[np.int64]
+    ) -> None:
+        """Give `rows` to the Triton kernel."""
+        table.fill(rows, site, np.unique(owner, return_inverse=True)[1])
+        written = set(site.tolist())
+        at: dict[int, TableEdits] = {}
+        # In the order of a forward: what is read for a site is read before it.
+        for i in sorted(written | set(rows.source[rows.source >= 0].tolist())):
+            sources = np.unique(rows.source[(site == i) & (rows.source >= 0)]).tolist()
+            at[i] = TableEdits(table, i, [at[source] for source in sources])
+            if i in written:
+                self.sites[i].edits = at[i]
+            else:
+                self.sites[i].reads.append(at[i])
+                self._touched.add(i)
 
     def _clear_table(self) -> None:
         for i in self._touched:

@@ -1,9 +1,9 @@
-"""The torch path against the float64 definition, on tables that hypothesis draws."""
+"""The torch path and the Triton kernel against the float64 definition, on tables that hypothesis draws."""
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from steer_kernels.apply_edits import (
@@ -19,8 +19,25 @@ from steer_kernels.apply_edits import (
     read_activations,
 )
 from steer_kernels.apply_edits.reference import is_topk_member, survival, token_scales
+from steer_kernels.apply_edits.step_table import StepTable
+from tests.kernels.conftest import DEVICES, INTERPRETED
 
 INF = float("inf")
+FORMS = ["torch"] if DEVICES == ["cpu"] else ["rows", "blocks"]
+EXAMPLES = 15 if INTERPRETED else 150
+
+
+@pytest.fixture(params=FORMS)
+def form(request, monkeypatch):
+    """Where edits are applied: by the torch path, or by the Triton kernel, in its row form alone or with its grouped
+    form wherever tokens share their edits."""
+    if request.param != "torch":
+        from steer_kernels.apply_edits import triton_kernel
+
+        monkeypatch.setattr(triton_kernel, "GROUPED_FROM", 1 if request.param == "blocks" else 1 << 30)
+        # The least that matrix units take, so that few tokens fill blocks.
+        monkeypatch.setattr(triton_kernel, "BLOCK", 16)
+    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +60,21 @@ def build_edits(records: list[dict]) -> SiteEdits:
     )
 
 
-def run(hidden, residual, rows, edits, encoders=(), sources=None):
+def token_groups(edits: SiteEdits) -> np.ndarray:
+    """[E] the group of each edit: edits whose tokens overlap, directly or through others, share one."""
+    order = np.argsort(edits.start, kind="stable")
+    reached = np.maximum.accumulate(edits.stop[order])
+    begins = np.ones(len(order), dtype=bool)
+    begins[1:] = edits.start[order][1:] >= reached[:-1]
+    group = np.empty(len(order), dtype=np.int64)
+    group[order] = np.cumsum(begins) - 1
+    return group
+
+
+def run(form, hidden, residual, rows, edits, encoders=(), sources=None):
     """The new hidden; sources: by site, the streams that are read elsewhere, before this site runs."""
+    if form != "torch":
+        return run_kernel(hidden, residual, rows, edits, sources)
     out = hidden.clone()
     prepared = prepare_edits(edits, rows, encoders)
     for remote in prepared.remote:
@@ -53,9 +83,29 @@ def run(hidden, residual, rows, edits, encoders=(), sources=None):
     return out
 
 
-def assert_matches_reference(hidden, residual, rows, edits, encoders=(), sources=None):
+def run_kernel(hidden, residual, rows, edits, sources):
+    from steer_kernels.apply_edits.triton_kernel import apply_table
+
+    device = "cpu" if INTERPRETED else "cuda"
+    n_sites = 2 + max(sources or {}, default=0)
+    table = StepTable(rows.to(device), n_sites)
+    table.fill(edits, np.full(len(edits), n_sites - 1), token_groups(edits))
+    for site, source in (sources or {}).items():
+        read = source.to(device)
+        apply_table(read, None, table, site)
+        assert torch.equal(read.cpu().nan_to_num(), source.nan_to_num()), "a site that is only read was written"
+    out = hidden.to(device, copy=True)
+    apply_table(out, None if residual is None else residual.to(device), table, n_sites - 1)
+    acting = torch.zeros(len(hidden), dtype=torch.bool)
+    for start, stop in zip(edits.start, edits.stop, strict=True):
+        acting[start:stop] = True
+    assert table.edited.tolist() == [0] * (n_sites - 1) + [int(acting.sum())]
+    return out.cpu()
+
+
+def assert_matches_reference(form, hidden, residual, rows, edits, encoders=(), sources=None):
     """Within the rounding of one addition in the output's dtype, plus float32 dot products over d_model."""
-    out = run(hidden, residual, rows, edits, encoders, sources)
+    out = run(form, hidden, residual, rows, edits, encoders, sources)
     expected = apply_edits_reference(hidden, residual, rows, edits, encoders, sources)
     stream_size = float(expected.abs().max()) + (0.0 if residual is None else float(residual.abs().max()))
     tolerance = 4 * torch.finfo(hidden.dtype).eps * stream_size + 1e-5 * float(rows.abs().max()) * stream_size
@@ -91,9 +141,9 @@ def tables(draw):
     return tokens, n_rows, records, draw(st.integers(0, 2**31)), draw(st.booleans())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tables(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-def test_matches_the_definition(table, dtype):
+def test_matches_the_definition(form, table, dtype):
     tokens, n_rows, records, seed, has_residual = table
     generator = torch.Generator().manual_seed(seed)
     d_model = 31
@@ -117,7 +167,7 @@ def test_matches_the_definition(table, dtype):
     )
     if (unscaled if residual is None else unscaled + residual.double()).norm(dim=-1).min() < 0.5:
         return
-    assert_matches_reference(hidden, residual, rows, edits, sources=sources)
+    assert_matches_reference(form, hidden, residual, rows, edits, sources=sources)
 
 
 OPS = {
@@ -132,32 +182,43 @@ OPS = {
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("span", [(3, 4), (2, 40)], ids=["decode", "prefill"])
-def test_every_op_through_relu(op, span):
+def test_every_op_through_relu(form, op, span):
     torch.manual_seed(0)
     hidden, residual = torch.randn(2, 41, 17)
     rows = torch.randn(2, 17)
     edits = build_edits([dict(start=span[0], stop=span[1], read=0, write=1, bias=0.1, threshold=0.0, **OPS[op])])
-    assert_matches_reference(hidden, residual, rows, edits)
+    assert_matches_reference(form, hidden, residual, rows, edits)
     untouched = [t for t in range(41) if not span[0] <= t < span[1]]
-    assert torch.equal(run(hidden, residual, rows, edits)[untouched], hidden[untouched])
+    assert torch.equal(run(form, hidden, residual, rows, edits)[untouched], hidden[untouched])
 
 
-def test_projecting_out_leaves_no_component():
+def test_more_edits_than_a_program_takes_at_once(form):
+    """Of one request, at a width that is no multiple of anything, beside tokens of nobody and of others."""
+    torch.manual_seed(0)
+    hidden, residual = torch.randn(2, 75, 577)
+    rows = torch.randn(50, 577) / 577**0.5
+    many = [dict(start=2, stop=70, read=i, write=i + 10, threshold=0.0, scale=0.5) for i in range(37)]
+    few = [dict(start=i, stop=i + 1, read=i % 50, write=0, shift=1.0, norm=i % 3) for i in range(71, 74)]
+    assert_matches_reference(form, hidden, residual, rows, build_edits(few + many))
+
+
+def test_projecting_out_leaves_no_component(form):
     torch.manual_seed(1)
     hidden, residual = torch.randn(2, 20, 64)
     direction = torch.nn.functional.normalize(torch.randn(1, 64), dim=-1)
     for stop in (1, 20):
-        out = run(hidden, residual, direction, build_edits([dict(stop=stop, read=0, write=0, scale=0.0)])) + residual
+        edits = build_edits([dict(stop=stop, read=0, write=0, scale=0.0)])
+        out = run(form, hidden, residual, direction, edits) + residual
         assert (out[:stop] @ direction[0]).abs().max() < 1e-5
 
 
-def test_reads_see_the_incoming_stream():
+def test_reads_see_the_incoming_stream(form):
     """Two rows that would feed each other if one were applied first."""
     hidden = torch.tensor([[1.0, 0.0]])
     rows = torch.eye(2)
     swap = [dict(read=0, write=1, scale=2.0), dict(read=1, write=0, scale=2.0)]
-    assert torch.equal(run(hidden, None, rows, build_edits(swap)), torch.tensor([[1.0, 1.0]]))
-    assert torch.equal(run(hidden, None, rows, build_edits(swap[::-1])), torch.tensor([[1.0, 1.0]]))
+    assert torch.equal(run(form, hidden, None, rows, build_edits(swap)), torch.tensor([[1.0, 1.0]]))
+    assert torch.equal(run(form, hidden, None, rows, build_edits(swap[::-1])), torch.tensor([[1.0, 1.0]]))
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 300])
@@ -176,11 +237,11 @@ def test_topk_membership(tokens, k):
             for i, f in enumerate(features)
         ]
     )  # fmt: skip
-    assert_matches_reference(hidden, residual, rows, edits, [encoder])
+    assert_matches_reference("torch", hidden, residual, rows, edits, [encoder])
     # Scaling leaves an absent feature alone, so only members move.
     scaled = build_edits([dict(stop=tokens, read=0, write=3, bias=float(encoder.b_enc[0]), threshold=0.0,
                                scale=3.0, encoder=0, feature=0)])  # fmt: skip
-    moved = (run(hidden, residual, rows, scaled, [encoder]) != hidden).any(-1)
+    moved = (run("torch", hidden, residual, rows, scaled, [encoder]) != hidden).any(-1)
     pre_acts = (hidden + residual) @ encoder.W_enc + encoder.b_enc
     member = torch.zeros(tokens, d_sae).scatter(1, pre_acts.topk(k).indices, 1.0)[:, 0].bool() & (pre_acts[:, 0] > 0)
     assert torch.equal(moved, member)
@@ -194,7 +255,7 @@ def test_topk_ties_go_to_the_lower_index():
     for feature in (0, 2, 3):
         edits = build_edits([dict(read=0, write=1, threshold=0.0, scale=0.0, encoder=0, feature=feature)])
         expected = 1.0 - 2.0 if feature == 0 else 1.0
-        assert run(hidden, None, rows, edits, [encoder]).item() == expected
+        assert run("torch", hidden, None, rows, edits, [encoder]).item() == expected
 
 
 @pytest.mark.parametrize("tokens", [3, 40])
@@ -217,7 +278,7 @@ def test_every_feature_of_a_topk_sae_at_once(tokens):
     assert ((f > 0).sum(-1) <= k).all()
     # The lower of two equal features is on wherever the upper is.
     assert ((f[:, : d_sae // 2] > 0) | (f[:, d_sae // 2 :] == 0)).all()
-    out = run(hidden, residual, rows, edits, [encoder])
+    out = run("torch", hidden, residual, rows, edits, [encoder])
     assert torch.allclose(out, hidden + f @ rows[d_sae:], atol=1e-4)
     if tokens == 40:
         pre_acts = (hidden + residual) @ W_enc + b_enc
@@ -271,7 +332,7 @@ def test_selections_match_the_definition(selection, norm, tokens):
             expected[token, i] = (p if p > threshold else 0.0) * survival(a * x, i, encoder)
     assert (expected != 0).any()
     assert torch.allclose(read_activations(hidden, edits, rows, [encoder]).double(), expected, atol=1e-5)
-    assert_matches_reference(hidden, None, rows, edits, [encoder])
+    assert_matches_reference("torch", hidden, None, rows, edits, [encoder])
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
@@ -282,40 +343,41 @@ def test_equal_experts_go_to_the_first(tokens):
     f = read_activations(hidden, edits, torch.ones(1, 1), [encoder])
     assert torch.equal(f, torch.tensor([[1.5, 0.0, 0.0, 0.0]]).expand(tokens, 4))
     edits = build_edits([dict(stop=tokens, read=0, threshold=0.0, scale=2.0, encoder=0, feature=i) for i in range(4)])
-    assert torch.equal(run(hidden, None, torch.ones(1, 1), edits, [encoder]), hidden + 1.5)
+    assert torch.equal(run("torch", hidden, None, torch.ones(1, 1), edits, [encoder]), hidden + 1.5)
 
 
 @pytest.mark.parametrize("span", [(0, 1), (0, 20)], ids=["decode", "prefill"])
 @pytest.mark.parametrize("norm", [TokenNorm.LAYER_NORM, TokenNorm.CONSTANT_NORM], ids=lambda norm: norm.name)
-def test_what_an_sae_on_normalised_streams_writes_grows_with_the_stream(norm, span):
+def test_what_an_sae_on_normalised_streams_writes_grows_with_the_stream(form, norm, span):
     """SAELens scales what the SAE returns back, so that edits of a stream ten times as large are ten times as large."""
     torch.manual_seed(0)
     hidden, rows = torch.randn(20, 32), torch.randn(2, 32)
     rows[0] -= rows[0].mean()
     for record in (dict(read=0, write=1, threshold=0.0, scale=0.0, shift=2.0), dict(write=1, shift=2.0)):
         edits = build_edits([record | dict(start=span[0], stop=span[1], norm=int(norm))])
-        assert_matches_reference(hidden, None, rows, edits)
-        small, large = run(hidden, None, rows, edits) - hidden, run(hidden * 10, None, rows, edits) - hidden * 10
+        assert_matches_reference(form, hidden, None, rows, edits)
+        small = run(form, hidden, None, rows, edits) - hidden
+        large = run(form, hidden * 10, None, rows, edits) - hidden * 10
         assert torch.allclose(large, small * 10, atol=1e-3)
         assert small[span[0] : span[1]].abs().max() > 0.1
 
 
 @pytest.mark.parametrize("span", [(0, 1), (0, 20)], ids=["decode", "prefill"])
 @pytest.mark.parametrize("norm", list(TokenNorm), ids=lambda norm: norm.name)
-def test_a_zero_stream_stays_finite(norm, span):
+def test_a_zero_stream_stays_finite(form, norm, span):
     hidden, rows = torch.zeros(20, 16), torch.randn(2, 16)
     edits = build_edits([dict(start=span[0], stop=span[1], read=0, write=1, bias=0.5, shift=2.0, norm=int(norm))])
-    assert_matches_reference(hidden, None, rows, edits)
-    moved = run(hidden, None, rows, edits).abs().max() > 0
+    assert_matches_reference(form, hidden, None, rows, edits)
+    moved = run(form, hidden, None, rows, edits).abs().max() > 0
     assert moved == (norm is TokenNorm.NONE)
 
 
-@pytest.mark.parametrize("span", [(2, 3), (2, 40)], ids=["decode", "prefill"])
+@pytest.mark.parametrize("span", [(2, 3), (2, 34)], ids=["decode", "prefill"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_reading_at_one_site_and_writing_at_another(span, dtype):
+def test_reading_at_one_site_and_writing_at_another(form, span, dtype):
     """Rows that read here, at two other sites, through an encoder there, and rows that read nothing, on one token."""
     torch.manual_seed(3)
-    tokens, d_model, d_sae = 41, 16, 32
+    tokens, d_model, d_sae = 35, 16, 32
     hidden, residual = torch.randn(2, tokens, d_model).to(dtype)
     sources = {site: torch.randn(tokens, d_model).to(dtype) for site in (0, 4)}
     # Nothing of this one is used, by a row that neither reads nor is scaled.
@@ -333,9 +395,11 @@ def test_reading_at_one_site_and_writing_at_another(span, dtype):
         on | dict(write=11, shift=0.5, source=4, norm=2),
         on | dict(write=11, shift=0.5, source=7),
     ]
+    if form != "torch":
+        records = [record for record in records if "encoder" not in record]
     for preserve_norm in (False, True):
         edits = build_edits([record | {"preserve_norm": preserve_norm} for record in records])
-        assert_matches_reference(hidden, residual, rows, edits, [encoder], sources)
+        assert_matches_reference(form, hidden, residual, rows, edits, [encoder], sources)
 
 
 def test_a_site_whose_reads_did_not_happen_does_nothing_and_counts_nothing():
@@ -362,34 +426,35 @@ def test_a_site_whose_reads_did_not_happen_does_nothing_and_counts_nothing():
     assert (write_site.runs, hidden.tolist()) == (0, [[6.0, 8.0]])
 
 
-def test_preserve_norm_keeps_the_norm_and_survives_zero():
+def test_preserve_norm_keeps_the_norm_and_survives_zero(form):
     torch.manual_seed(2)
     hidden, residual = torch.randn(2, 12, 16)
     rows = torch.randn(1, 16)
     add = dict(write=0, shift=5.0, preserve_norm=True)
-    out = run(hidden, residual, rows, build_edits([add | dict(stop=12)])) + residual
+    out = run(form, hidden, residual, rows, build_edits([add | dict(stop=12)])) + residual
     assert torch.allclose(out.norm(dim=-1), (hidden + residual).norm(dim=-1), rtol=1e-5)
-    zeroed = run(rows * -5.0, None, rows, build_edits([add]))
+    zeroed = run(form, rows * -5.0, None, rows, build_edits([add]))
     assert torch.equal(zeroed, torch.zeros(1, 16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_compounding_edits_stay_finite(dtype):
+def test_compounding_edits_stay_finite(form, dtype):
     hidden = torch.randn(3, 16).to(dtype)
     bystander = hidden[2].clone()
     rows = torch.nn.functional.normalize(torch.randn(1, 16), dim=-1).to(dtype)
     edits = build_edits([dict(stop=2, read=0, write=0, scale=1e6)])
     for _ in range(40):
-        hidden = run(hidden, None, rows, edits)
+        hidden = run(form, hidden, None, rows, edits)
     assert hidden.isfinite().all()
     assert torch.equal(hidden[2], bystander)
 
 
-def test_not_a_number_stays_with_its_token():
+def test_not_a_number_stays_with_its_token(form):
     hidden = torch.randn(4, 8)
     hidden[1] = float("nan")
     rows = torch.randn(2, 8)
-    out = run(hidden, None, rows, build_edits([dict(stop=4, read=0, write=1, threshold=0.0, scale=0.0, shift=1.0)]))
+    edits = build_edits([dict(stop=4, read=0, write=1, threshold=0.0, scale=0.0, shift=1.0)])
+    out = run(form, hidden, None, rows, edits)
     assert out[1].isnan().all()
     assert out[[0, 2, 3]].isfinite().all()
 

@@ -11,6 +11,8 @@ is read from the incoming stream and the deltas are summed, so the order of the 
 from steer_kernels.apply_edits.edits import SiteEdits, TokenNorm, TopKEncoder
 from steer_kernels.apply_edits.op import CapturingSite, Site, apply_edits, bind_sites
 from steer_kernels.apply_edits.reference import apply_edits_reference
+from steer_kernels.apply_edits.step_table import StepTable
+from steer_kernels.apply_edits.table_edits import TableEdits
 from steer_kernels.apply_edits.torch_path import (
     PreparedEdits,
     RemoteReads,
@@ -25,6 +27,8 @@ __all__ = [
     "RemoteReads",
     "Site",
     "SiteEdits",
+    "StepTable",
+    "TableEdits",
     "TokenNorm",
     "TopKEncoder",
     "apply_edits",

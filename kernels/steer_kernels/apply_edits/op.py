@@ -3,19 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
-from steer_kernels.apply_edits.torch_path import PreparedEdits, RemoteReads, apply_prepared
+
+class AppliedEdits(Protocol):
+    """The edits of one site in the form of whatever applies them: the torch path's, or a step table's."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether everything that they read at other sites was read in this forward."""
+
+    def apply(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+        """Edit `hidden` in place; only where they are ready."""
+
+    def forget(self) -> None:
+        """Forget what was read: a forward begins."""
+
+
+class ReadsForLater(Protocol):
+    """What later sites of the forward need of the stream that comes in at one."""
+
+    def read(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+        """Read the stream before it is edited here, and leave what they need behind."""
+
+    def forget(self) -> None:
+        """Forget what was read: a forward begins."""
 
 
 class Site:
     """An armed hook point and what the current forward needs there."""
 
     def __init__(self) -> None:
-        self.edits: PreparedEdits | None = None
-        self.reads: list[RemoteReads] = []
-        """What later sites of the forward need of the stream that comes in here."""
+        self.edits: AppliedEdits | None = None
+        self.reads: list[ReadsForLater] = []
         self.runs = 0
         """How often edits were applied here; the engine compares it with what it asked for."""
 
@@ -23,13 +45,15 @@ class Site:
         self.runs = 0
         for reads in self.reads:
             reads.forget()
+        if self.edits is not None:
+            self.edits.forget()
 
     def apply(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
         for reads in self.reads:
             reads.read(hidden, residual)
         # Half of the edits would pass for all of them: where another site was not read, nothing is applied or counted.
-        if self.edits is not None and all(reads.ready for reads in self.edits.remote):
-            apply_prepared(hidden, residual, self.edits)
+        if self.edits is not None and self.edits.ready:
+            self.edits.apply(hidden, residual)
             self.runs += 1
 
 

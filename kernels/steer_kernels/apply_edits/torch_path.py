@@ -352,6 +352,18 @@ class PreparedEdits:
         """Whether any edit depends on a stream, so that edits can compound from layer to layer."""
         return bool(self.remote) or self.local.reads_stream
 
+    @property
+    def ready(self) -> bool:
+        """Whether everything that is read at other sites was read in this forward."""
+        return all(reads.ready for reads in self.remote)
+
+    def apply(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+        """`apply_prepared` of these edits."""
+        apply_prepared(hidden, residual, self)
+
+    def forget(self) -> None:
+        """Nothing: what was read at other sites is theirs to forget."""
+
 
 def _constant(edits: SiteEdits) -> FloatArray:
     """g(0): what a row writes that reads nothing."""

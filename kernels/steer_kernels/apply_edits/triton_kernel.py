@@ -123,7 +123,7 @@ def _apply_edits(
     if GROUPED:
         if not _is_one_group(group_ptr, tokens, n_tokens):
             return
-    elif BLOCK > 0:
+    elif BLOCK > 0:  # noqa: SIM102 - the condition is the compiler's, what follows is not
         if _is_one_group(group_ptr, tl.program_id(0) // BLOCK * BLOCK + tl.arange(0, BLOCK), n_tokens):
             return
     group = tl.load(group_ptr + tl.program_id(0) * TOKENS)
@@ -272,23 +272,25 @@ def launch_meta(grouped: bool, d_model: int, dtype: torch.dtype, backend: str) -
     # Three products of rounded parts keep float32's precision on the matrix units; AMD's have no such mode.
     precision = "ieee" if exact else "tf32x3"
     if grouped:
-        return dict(GROUPED=True, TOKENS=BLOCK, EDITS=16, COLUMNS=64, PRECISION=precision, num_warps=4, num_stages=3)
+        # Wider tiles spill registers (kernels_aot.md).
+        return dict(GROUPED=True, TOKENS=BLOCK, EDITS=16, COLUMNS=32, PRECISION=precision, num_warps=4, num_stages=3)
     columns = min(512, triton.next_power_of_2(d_model))
     return dict(GROUPED=False, TOKENS=1, EDITS=8, COLUMNS=columns, PRECISION=precision, num_warps=4, num_stages=2)
 
 
 def apply_table(hidden: torch.Tensor, residual: torch.Tensor | None, table: StepTable, site: int) -> None:
-    """Edit `hidden` [tokens, d_model] in place by what `table` holds for `site`, and leave behind what later sites read.
+    """Edit `hidden` [tokens, d_model] in place by what `table` holds for `site`; leave behind what later sites read.
 
     residual: as in `apply_edits`. Both have contiguous rows and the bank's dtype. Sites of one forward run in order.
-    Legal in a CUDA graph: the launches depend on the shapes alone.
+    Legal in a CUDA graph, while the table does not grow: the launches depend on shapes alone.
     """
-    n_tokens, d_model = hidden.shape
+    # The rest, padding among it, is nobody's.
+    n_tokens, d_model = min(len(hidden), table.held_tokens), hidden.shape[1]
     other = hidden if residual is None else residual
     operands = (
         hidden, other, table.bank, table.token_group, table.first_write, table.first_read, table.records,
         table.coefficients, table.edited, site, table.n_sites, n_tokens, d_model, hidden.stride(0), other.stride(0),
-        table.bank.stride(0), table.coefficients.stride(0), stream_limit(hidden.dtype),
+        table.bank.stride(0), table.coefficient_stride, stream_limit(hidden.dtype),
     )  # fmt: skip
     block = BLOCK if n_tokens >= GROUPED_FROM else 0
     for grouped in (False, True) if block else (False,):

@@ -1,0 +1,66 @@
+"""What the Triton kernel will find where, without Triton."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steer_kernels.apply_edits.step_table import FLOATS, INTEGERS, READ_ORDER, WORDS, StepTable
+from tests.kernels.test_apply_edits import build_edits, token_groups
+
+SITES = 3
+
+
+def found(step_table, token, site, order):
+    """The records (as dicts) that a program finds for a token at a site, in the "write" or the "read" order."""
+    if token >= step_table.held_tokens:
+        return []
+    group = int(step_table.token_group[token])
+    if group < 0:
+        return []
+    first = step_table.first_write if order == "write" else step_table.first_read
+    begin, end = first[group * SITES + site].item(), first[group * SITES + site + 1].item()
+    records = step_table.records.view(-1, WORDS)
+    places = range(begin, end) if order == "write" else records[begin:end, READ_ORDER].tolist()
+    result = []
+    for place in places:
+        integers = dict(zip(INTEGERS, records[place].tolist(), strict=False))
+        floats = records[place, len(INTEGERS) : READ_ORDER].clone().view(torch.float32).tolist()
+        result.append(integers | dict(zip(FLOATS, floats, strict=True)))
+    return [r for r in result if r["start"] <= token < r["stop"]]
+
+
+@st.composite
+def forwards(draw):
+    spans = st.tuples(st.integers(0, 15), st.integers(1, 9))
+    records, sites = [], []
+    for number in range(draw(st.integers(1, 12))):
+        start, length = draw(spans)
+        sites.append(draw(st.integers(0, SITES - 1)))
+        source = draw(st.sampled_from([-1, -1, *range(sites[-1])]))
+        read = draw(st.integers(-1, 3))
+        records.append(dict(start=start, stop=start + length, read=read, source=source, shift=float(number)))
+    return build_edits(records), np.array(sites)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(forwards(), min_size=1, max_size=3))
+def test_every_token_finds_its_edits_where_they_are_written_and_read(steps):
+    step_table = StepTable(torch.zeros(4, 8), SITES)
+    for edits, sites in steps:
+        step_table.fill(edits, sites, token_groups(edits))
+    source = np.where((edits.source < 0) | (edits.read < 0), sites, edits.source)
+    for token in range(64):
+        acting = (edits.start <= token) & (token < edits.stop)
+        for site in range(SITES):
+            written = sorted(r["shift"] for r in found(step_table, token, site, "write"))
+            assert written == sorted(edits.shift[acting & (sites == site)].tolist())
+            read = sorted(r["shift"] for r in found(step_table, token, site, "read"))
+            assert read == sorted(edits.shift[acting & (source == site)].tolist())
+
+
+def test_membership_is_not_for_the_table():
+    edits = build_edits([dict(read=0, encoder=0)])
+    with pytest.raises(ValueError, match="compared with others"):
+        StepTable(torch.zeros(4, 8), SITES).fill(edits, np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
