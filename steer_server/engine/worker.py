@@ -11,6 +11,7 @@ import torch
 
 from sae_models import SAE
 from steer_kernels.apply_edits import (
+    MAX_RANKED,
     CapturingSite,
     Site,
     SiteEdits,
@@ -84,7 +85,7 @@ class WorkerSteering:
         self._saes: dict[str, SAE] = open_catalog(config.saes, config.d_model, config.layers).by_hash()
         self.bank = RowBank(config.rows, config.d_model, dtype, device)
         self.encoders, self._encoder_index = _encoders(self._saes, device)
-        self.table = StepTable(self.bank.rows, len(config.sites)) if runs_triton(device) else None
+        self.table = StepTable(self.bank.rows, len(config.sites), self.encoders) if runs_triton(device) else None
         """Where the device runs Triton's kernels: the edits that they apply."""
         self.sites: list[Site] = [Site() for _ in config.sites]
         self._capturing: list[CapturingSite] = []
@@ -197,12 +198,14 @@ class WorkerSteering:
         if self.table is None:
             self._prepare(rows, site)
             return
-        # Rows of one site are applied together: one that is compared with its whole SAE takes its site along.
-        ranked = np.isin(site, site[rows.encoder >= 0])
-        if ranked.any():
-            self._prepare(rows.take(ranked), site[ranked])
-        if not ranked.all():
-            self._tabulate(self.table, rows.take(~ranked), site[~ranked], owner[~ranked])
+        # Rows of one site are applied together: those of a request that ranks very many, by whole SAEs.
+        ranked = np.zeros((len(self.sites), len(start)), dtype=np.int64)
+        np.add.at(ranked, (site, owner), rows.encoder >= 0)
+        many = ranked.max(axis=1)[site] > MAX_RANKED
+        if many.any():
+            self._prepare(rows.take(many), site[many])
+        if not many.all():
+            self._tabulate(self.table, rows.take(~many), site[~many], owner[~many])
 
     def _prepare(self, rows: SiteEdits, site: npt.NDArray[np.int64]) -> None:
         """Give `rows`, sorted by the site where they are written, to the torch path."""

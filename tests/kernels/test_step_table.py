@@ -1,7 +1,6 @@
 """What the Triton kernel will find where, without Triton."""
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,9 +57,3 @@ def test_every_token_finds_its_edits_where_they_are_written_and_read(steps):
             assert written == sorted(edits.shift[acting & (sites == site)].tolist())
             read = sorted(r["shift"] for r in found(step_table, token, site, "read"))
             assert read == sorted(edits.shift[acting & (source == site)].tolist())
-
-
-def test_membership_is_not_for_the_table():
-    edits = build_edits([dict(read=0, encoder=0)])
-    with pytest.raises(ValueError, match="compared with others"):
-        StepTable(torch.zeros(4, 8), SITES).fill(edits, np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))

@@ -75,6 +75,13 @@ class TopKEncoder:
         return sum(tensor.nbytes for tensor in (self.W_enc, self.b_enc, *(self.router or ())))
 
 
+def group_probability(x: torch.Tensor, router: tuple[torch.Tensor, torch.Tensor], group: int) -> torch.Tensor:
+    """[tokens]: the softmax probability of `group`, 0 where the router chooses another; x [tokens, d_model], scaled."""
+    logits = torch.addmm(router[1], x, router[0])
+    # argmax is the first of equals.
+    return torch.where(logits.argmax(-1) == group, logits.softmax(-1)[:, group], 0.0)
+
+
 @dataclass(frozen=True)
 class SiteEdits:
     """E edit rows over the tokens of one forward, as parallel arrays of length E.

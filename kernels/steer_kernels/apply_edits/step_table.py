@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from steer_kernels.apply_edits.edits import IntArray, SiteEdits, TokenNorm
+from steer_kernels.apply_edits.edits import IntArray, SiteEdits, TokenNorm, TopKEncoder
 
 WORDS = 16
 """32-bit words of an edit's record, of which the last are unused: a record is one line of 64 bytes."""
-INTEGERS = ("start", "stop", "read", "write", "norm", "preserve_norm")
+INTEGERS = ("start", "stop", "read", "write", "norm", "preserve_norm", "encoder", "feature")
 FLOATS = ("bias", "threshold", "scale", "shift", "low", "high")
 READ_ORDER = len(INTEGERS) + len(FLOATS)
 """The word of record i that names the edit which is i-th in the order of reading."""
 HOST_BUFFERS = 3
 """vLLM prepares a step while the one before runs, so a buffer may still be on its way when the next is filled."""
+MAX_RANKED = 128
+"""Edits of one request and site for which features are ranked one by one: count_above takes so many at once."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Features that are compared with those of their group of an encoder, as the edits that read at one site need.
+
+    encoder: its number. group: that of the features in it. norm: of the stream that is read. floor: pre-activations (or
+    magnitudes) up to it are off whatever their rank.
+    """
+
+    encoder: int
+    group: int
+    norm: TokenNorm
+    floor: float
 
 
 class StepTable:
@@ -27,19 +46,26 @@ class StepTable:
 
     Buffers grow to the largest forward that was held, by doubling, and are kept.
 
-    bank: [capacity, d_model], the rows, read in place.
+    bank: [capacity, d_model], the rows, read in place. encoders: those that edits number.
     token_group: [tokens] int32, -1 where no edit acts. first_write, first_read: [groups * sites + 1] int32.
     records: [edits * WORDS] int32. coefficients: [tokens * edits of a group] float32, what each edit multiplies its row
-    by; reads leave them for writes. edited: [sites] int32, the tokens edited at each site since the table was made,
+    by; reads leave them for writes. pre_acts, survival: like coefficients, of edits that go through an encoder: the
+    pre-activation there, and what the activation is multiplied by, 0 where the feature does not survive. edited: [sites] int32, the tokens edited at each site since the table was made,
     counted where it happens.
     """
 
-    def __init__(self, bank: torch.Tensor, n_sites: int) -> None:
+    def __init__(self, bank: torch.Tensor, n_sites: int, encoders: Sequence[TopKEncoder] = ()) -> None:
         self.bank = bank
+        self.encoders = encoders
         self.n_sites = n_sites
         self.edited = torch.zeros(n_sites, dtype=torch.int32, device=bank.device)
-        self.coefficients = torch.zeros(0, dtype=torch.float32, device=bank.device)
-        self.coefficient_stride = 0
+        self.coefficients, self.pre_acts, self.survival = (
+            torch.zeros(0, dtype=torch.float32, device=bank.device) for _ in range(3)
+        )
+        self.stride = 0
+        """Coefficients of a token."""
+        self.rankings: dict[int, list[Ranking]] = {}
+        """By the site where they are read."""
         self._turn = 0
         self._sizes: tuple[int, ...]
         self._allocate((1, 1, 1))
@@ -47,17 +73,15 @@ class StepTable:
     @property
     def nbytes(self) -> int:
         """Device memory held."""
-        return self._device.nbytes + self.coefficients.nbytes + self.edited.nbytes
+        buffers = (self._device, self.coefficients, self.pre_acts, self.survival, self.edited)
+        return sum(buffer.nbytes for buffer in buffers)
 
     def fill(self, edits: SiteEdits, site: IntArray, group: IntArray) -> None:
         """Hold `edits`, at least one, each on at least one token.
 
         site [E]: where each is written. group [E]: whose each is, numbered from 0 in the order of their tokens, each
         number used; the spans from the first to the last token of two groups do not overlap.
-        Raises ValueError for edits that go through an encoder: membership is decided elsewhere.
         """
-        if bool((edits.encoder >= 0).any()):
-            raise ValueError("edits whose features are compared with others of their SAE are not for this table")
         # What neither reads nor is scaled depends on no stream, so it is known where it is written.
         local = (edits.source < 0) | ((edits.read < 0) & (edits.norm == TokenNorm.NONE))
         source = np.where(local, site, edits.source)
@@ -65,7 +89,8 @@ class StepTable:
         edits, site, group, source = edits.take(order), site[order], group[order], source[order]
         by_read = np.lexsort((source, group))
         n_tokens, n_groups = int(edits.stop.max()), int(group[-1]) + 1
-        self.coefficient_stride = int(np.bincount(group).max())
+        self.stride = int(np.bincount(group).max())
+        self.rankings = self._rankings(edits, source)
         self._grow(n_tokens, n_groups, len(edits))
 
         host = self._next_host()
@@ -94,13 +119,33 @@ class StepTable:
         """Length of token_group: tokens from there on are nobody's."""
         return self._sizes[0]
 
+    def _rankings(self, edits: SiteEdits, source: IntArray) -> dict[int, list[Ranking]]:
+        found: dict[int, list[Ranking]] = {}
+        through = np.flatnonzero(edits.encoder >= 0)
+        if not len(through):
+            return found
+        sizes = np.array([encoder.group_size for encoder in self.encoders])
+        group = edits.feature[through] // sizes[edits.encoder[through]]
+        kinds, kind = np.unique(
+            np.stack([source[through], edits.encoder[through], group, edits.norm[through]], axis=1),
+            axis=0,
+            return_inverse=True,
+        )
+        for i, (site, encoder, number, norm) in enumerate(kinds.tolist()):
+            floor = float(edits.threshold[through[kind.ravel() == i]].min())
+            found.setdefault(site, []).append(Ranking(encoder, number, TokenNorm(norm), floor))
+        return found
+
     def _grow(self, *needed: int) -> None:
         grown = tuple(size if need <= size else 2 * need for need, size in zip(needed, self._sizes, strict=True))
         if grown != self._sizes:
             self._allocate(grown)
-        n_coefficients = needed[0] * self.coefficient_stride
+        n_coefficients = needed[0] * self.stride
         if n_coefficients > len(self.coefficients):
             self.coefficients = self.coefficients.new_zeros(2 * n_coefficients)
+        if self.rankings and n_coefficients > len(self.survival):
+            self.pre_acts = self.pre_acts.new_zeros(2 * n_coefficients)
+            self.survival = self.survival.new_zeros(2 * n_coefficients)
 
     def _allocate(self, sizes: tuple[int, ...]) -> None:
         """sizes: tokens, groups and edits to make room for."""

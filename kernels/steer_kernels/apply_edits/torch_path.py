@@ -16,15 +16,15 @@ import numpy.typing as npt
 import torch
 
 from steer_kernels.apply_edits.edits import (
-    LAYER_NORM_EPS,
-    SMALLEST_NORM,
     FloatArray,
     IntArray,
     SiteEdits,
     TokenNorm,
     TopKEncoder,
+    group_probability,
     stream_limit,
 )
+from steer_kernels.apply_edits.token_norm import scaled
 
 # Below this, rows beside each other cost less than a matrix product per span.
 MIN_SPAN = 8
@@ -107,17 +107,6 @@ class _Response:
         return g.sub_(f)
 
 
-def _scaled(x: torch.Tensor, norm: TokenNorm) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(a * x, s) of streams x [tokens, d_model]; s [tokens], None for ones."""
-    if norm is TokenNorm.NONE:
-        return x, None
-    if norm is TokenNorm.LAYER_NORM:
-        s = x.std(dim=-1)
-        return x / (s + LAYER_NORM_EPS).unsqueeze(-1), s
-    length, root = torch.linalg.vector_norm(x, dim=-1), x.shape[-1] ** 0.5
-    return x * (root / length.clamp(min=SMALLEST_NORM)).unsqueeze(-1), length / root
-
-
 @dataclass(frozen=True)
 class _Selector:
     """What decides which features of one group of an encoder survive.
@@ -155,11 +144,7 @@ class _Selector:
 
     def probability(self, x: torch.Tensor) -> torch.Tensor | None:
         """[tokens]: that of the group, 0 where the router chooses another; None without a router."""
-        if self.router is None:
-            return None
-        logits = torch.addmm(self.router[1], x, self.router[0])
-        # argmax is the first of equals.
-        return torch.where(logits.argmax(-1) == self.group, logits.softmax(-1)[:, self.group], 0.0)
+        return None if self.router is None else group_probability(x, self.router, self.group)
 
 
 @dataclass(frozen=True)
@@ -259,7 +244,7 @@ class _SpanReads:
 
     def coefficient(self, x: torch.Tensor) -> torch.Tensor:
         """What `write` is multiplied by, [tokens, n]; x [tokens, d_model] float32."""
-        x, s = _scaled(x, self.norm)
+        x, s = scaled(x, self.norm)
         coefficient = self.response.coefficient(self.activations(x))
         return coefficient if s is None else coefficient.mul_(s.unsqueeze(-1))
 
@@ -281,10 +266,10 @@ class _Groups:
         """What each group that reads multiplies its rows by, from the stream that it reads."""
         found = []
         for pairs in self.reads:
-            x, s = _scaled(pairs.tokens.stream(hidden, residual), pairs.norm)
+            x, s = scaled(pairs.tokens.stream(hidden, residual), pairs.norm)
             found.append(pairs.coefficient(pairs.response.activation(pairs.pre_acts(x)), s))
         for group in self.members:
-            x, s = _scaled(group.distinct.stream(hidden, residual), group.pairs.norm)
+            x, s = scaled(group.distinct.stream(hidden, residual), group.pairs.norm)
             f = _member_activation(x, group)
             found.append(group.pairs.coefficient(f, None if s is None else s.index_select(0, group.slot)))
         for span in self.spans:
@@ -559,7 +544,7 @@ def read_activations(
     f = torch.empty(len(stream), len(edits), device=stream.device)
     for kind in _by_kind(edits, encoders):
         reads = _SpanReads.of(edits.take(kind), rows, encoders)
-        x, _ = _scaled(stream.float(), reads.norm)
+        x, _ = scaled(stream.float(), reads.norm)
         f[:, torch.from_numpy(kind).to(stream.device)] = reads.activations(x)
     return f
 

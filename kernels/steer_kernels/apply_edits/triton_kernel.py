@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from steer_kernels.apply_edits.edits import LAYER_NORM_EPS, SMALLEST_NORM, TokenNorm, stream_limit
+from steer_kernels.apply_edits.membership import rank
 from steer_kernels.apply_edits.step_table import INTEGERS, READ_ORDER, WORDS, StepTable
 from steer_kernels.encoder_tile import INTERPRETED
 from steer_kernels.triton_target import triton_backend
@@ -33,6 +34,7 @@ _STOP = tl.constexpr(INTEGERS.index("stop"))
 _READ = tl.constexpr(INTEGERS.index("read"))
 _WRITE = tl.constexpr(INTEGERS.index("write"))
 _NORM = tl.constexpr(INTEGERS.index("norm"))
+_ENCODER = tl.constexpr(INTEGERS.index("encoder"))
 _PRESERVE_NORM = tl.constexpr(INTEGERS.index("preserve_norm"))
 _FLOATS = tl.constexpr(len(INTEGERS))
 _READ_ORDER = tl.constexpr(READ_ORDER)
@@ -100,6 +102,8 @@ def _apply_edits(
     first_read_ptr,
     table_ptr,
     coefficient_ptr,
+    pre_act_ptr,
+    survival_ptr,
     edited_ptr,
     site,
     n_sites,
@@ -111,6 +115,7 @@ def _apply_edits(
     coefficient_stride,
     limit,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_RANKED: tl.constexpr,
     GROUPED: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -204,7 +209,15 @@ def _apply_edits(
         low = tl.load(record + _FLOATS + 4, mask=exists, other=0).to(tl.float32, bitcast=True)
         high = tl.load(record + _FLOATS + 5, mask=exists, other=0).to(tl.float32, bitcast=True)
         p = products * read_scale + bias[None, :]
+        if HAS_RANKED:
+            ranked = tl.load(record + _ENCODER, mask=exists, other=-1) >= 0
+            ranked_at = at_token * coefficient_stride + (edit - base)[None, :]
+            # Of the tokens that an edit does not act on, nothing was ranked.
+            ranked_here = ranked[None, :] & acts
+            p = tl.where(ranked_here, tl.load(pre_act_ptr + ranked_at, mask=ranked_here, other=0.0), p)
         f = tl.where(reads[None, :] & (p > threshold[None, :]), p, 0.0)
+        if HAS_RANKED:
+            f *= tl.load(survival_ptr + ranked_at, mask=ranked_here, other=1.0)
         g = tl.minimum(tl.maximum(scale[None, :] * f + shift[None, :], low[None, :]), high[None, :])
         coefficient = tl.where(acts, write_scale * (g - f), 0.0)
         tl.store(coefficient_rows + (edit - base)[None, :], coefficient, mask=exists[None, :])
@@ -289,11 +302,13 @@ def apply_table(hidden: torch.Tensor, residual: torch.Tensor | None, table: Step
     other = hidden if residual is None else residual
     operands = (
         hidden, other, table.bank, table.token_group, table.first_write, table.first_read, table.records,
-        table.coefficients, table.edited, site, table.n_sites, n_tokens, d_model, hidden.stride(0), other.stride(0),
-        table.bank.stride(0), table.coefficient_stride, stream_limit(hidden.dtype),
+        table.coefficients, table.pre_acts, table.survival, table.edited, site, table.n_sites, n_tokens, d_model, hidden.stride(0), other.stride(0),
+        table.bank.stride(0), table.stride, stream_limit(hidden.dtype),
     )  # fmt: skip
+    rank(hidden, residual, table, site)
+    has = dict(HAS_RESIDUAL=residual is not None, HAS_RANKED=site in table.rankings)
     block = BLOCK if n_tokens >= GROUPED_FROM else 0
     for grouped in (False, True) if block else (False,):
         meta = launch_meta(grouped, d_model, hidden.dtype, triton_backend())
         grid = (n_tokens // BLOCK if grouped else n_tokens,)
-        _apply_edits[grid](*operands, HAS_RESIDUAL=residual is not None, BLOCK=block, **meta)
+        _apply_edits[grid](*operands, BLOCK=block, **has, **meta)
