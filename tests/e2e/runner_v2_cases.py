@@ -84,8 +84,9 @@ def check(oracle, output, spec, cached=None):
         engines.assert_receipt(oracle, output, spec, cached=cached)
 
 
-def test_this_is_the_v2_runner(v2):
+def test_this_is_what_runs_on_gpus(v2):
     assert v2.llm_engine.vllm_config.use_v2_model_runner
+    assert v2.llm_engine.vllm_config.scheduler_config.async_scheduling
     (checks,) = v2.collective_rpc("steering_self_test")
     assert [check["passed"] for check in checks] == [True] * 3
 
