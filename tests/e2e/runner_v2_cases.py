@@ -121,6 +121,12 @@ def test_prefix_cache(v2, tiny_oracle):
         check(tiny_oracle, output, spec, cached=hits)
 
 
+def test_finished_requests_are_forgotten(v2):
+    """An idle worker arms nothing."""
+    engines.generate(v2, [prompt(25, 60)], [engines.params(SPECS["add"], max_tokens=2, detokenize=False)])
+    assert v2.collective_rpc(lambda worker: worker.model_runner.armed.steering.has_work) == [False]
+
+
 def test_only_batches_of_requests_reach_the_sites(v2):
     """A dummy batch, as data-parallel ranks run them and as warm-up and profiling do."""
     v2.collective_rpc("steering_capture", args=(["blocks.1.hook_resid_post"],))
