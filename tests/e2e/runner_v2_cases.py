@@ -24,11 +24,12 @@ def vector(seed, layers, **entry):
 SPECS = {
     "add": {"vectors": [vector(1, [0, 1])]},
     "unsteered": None,
-    "generation only": {"vectors": [vector(2, [1, 2])], "apply": {"phase": "generation"}},
-    "prompt only": {"vectors": [vector(3, [0])], "apply": {"phase": "prompt"}},
     "feature": {"features": [{"sae": "jumprelu", "index": 5, "op": "set", "value": 6.0}]},
     "project out": {"vectors": [vector(4, [1], op="project_out")], "apply": {"skip_first": 3}},
     "topk feature": {"features": [{"sae": "topk", "index": 7, "op": "add", "value": 5.0}]},
+    # Late, as vLLM preempts who came last.
+    "generation only": {"vectors": [vector(2, [1, 2])], "apply": {"phase": "generation"}},
+    "prompt only": {"vectors": [vector(3, [0])], "apply": {"phase": "prompt"}},
     "also unsteered": None,
 }
 
@@ -119,6 +120,16 @@ def test_prefix_cache(v2, tiny_oracle):
         (output,) = engines.generate(v2, [tokens], [engines.params(spec, max_tokens=4, detokenize=False)])
         assert output.num_cached_tokens == hits
         check(tiny_oracle, output, spec, cached=hits)
+
+
+def test_several_choices(v2, tiny_oracle):
+    spec = SPECS["generation only"]
+    sampling = engines.params(spec, n=2, temperature=0.8, seed=7, max_tokens=12, detokenize=False)
+    (output,) = engines.generate(v2, [prompt(22, 60)], [sampling])
+    assert len({tuple(choice.token_ids) for choice in output.outputs}) == 2
+    for choice in range(2):
+        engines.assert_matches_oracle(tiny_oracle, output, spec, greedy=False, choice=choice)
+    assert output.steering["applied"][0]["tokens"] == 2 * 11
 
 
 def test_finished_requests_are_forgotten(v2):
