@@ -133,8 +133,10 @@ def test_several_choices(v2, tiny_oracle):
 
 
 def test_finished_requests_are_forgotten(v2):
-    """An idle worker arms nothing."""
-    engines.generate(v2, [prompt(25, 60)], [engines.params(SPECS["add"], max_tokens=2, detokenize=False)])
+    """A worker of unsteered requests arms nothing."""
+    for spec in (SPECS["add"], None):
+        # The scheduler says with the next step what has finished.
+        engines.generate(v2, [prompt(25, 60)], [engines.params(spec, max_tokens=2, detokenize=False)])
     assert v2.collective_rpc(lambda worker: worker.model_runner.armed.steering.has_work) == [False]
 
 
