@@ -57,12 +57,11 @@ def tiny_oracle(tiny_llama, tiny_saes):
 
 @pytest.fixture(scope="module")
 def v2(tiny_llama, tiny_saes):
-    """Prompts in chunks of at most 48 tokens, room for about five sequences of three blocks."""
+    """Compiled; prompts in chunks of at most 48 tokens, room for about five sequences of three blocks."""
     llm = engines.start(
         tiny_llama,
         tiny_saes,
         skip_tokenizer_init=True,
-        enforce_eager=True,
         max_model_len=512,
         max_num_batched_tokens=CHUNK,
         max_num_seqs=8,
@@ -90,6 +89,7 @@ def test_this_is_what_runs_on_gpus(v2):
     assert v2.llm_engine.vllm_config.scheduler_config.async_scheduling
     (checks,) = v2.collective_rpc("steering_self_test")
     assert [check["passed"] for check in checks] == [True] * 3
+    assert all(check["compiled_error"] < 1e-3 for check in checks)
 
 
 def test_every_spec_moves_the_model(tiny_oracle):

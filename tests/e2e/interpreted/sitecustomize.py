@@ -1,8 +1,8 @@
 """Python runs this at the start of every process whose path has this folder: vLLM runs there as it does on a GPU.
 
 vLLM's V2 runner prepares its inputs and samples with Triton kernels. Triton's interpreter runs them without a GPU; vLLM
-uses Triton on a CPU where there is a backend of that name, of which it asks no more than whether it is active. And it
-schedules asynchronously, which it leaves out on a CPU as not worth it there.
+uses Triton on a CPU where there is a backend of that name. And it schedules asynchronously, which it leaves out on a
+CPU as not worth it there.
 """
 
 import os
@@ -14,7 +14,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 
 def _add_cpu_backend(backends):
-    backends.backends["cpu"] = SimpleNamespace(compiler=None, driver=SimpleNamespace(is_active=lambda: True))
+    backends.backends["cpu"] = SimpleNamespace(compiler=None, driver=SimpleNamespace(is_active=lambda: False))
 
 
 def _keep_asynchronous_scheduling(platform):
