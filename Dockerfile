@@ -12,9 +12,8 @@ COPY steer_server steer_server
 # The image has vLLM and torch; nothing may replace them.
 RUN python3 -m pip install --no-cache-dir .
 
-# As `vllm serve`, whose arguments it takes; VLLM_PLUGINS makes the plugin's routes load, the V1 runner is the one it steers.
-ENV VLLM_PLUGINS=steer_server,lora_filesystem_resolver,lora_hf_hub_resolver \
-    VLLM_USE_V2_MODEL_RUNNER=0
+# As `vllm serve`, whose arguments it takes; VLLM_PLUGINS makes the plugin's routes load.
+ENV VLLM_PLUGINS=steer_server,lora_filesystem_resolver,lora_hf_hub_resolver
 ENTRYPOINT ["steer-server", "serve"]
 EXPOSE 8000
 HEALTHCHECK --interval=15s --timeout=5s --start-period=10m CMD ["python3", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health')"]

@@ -108,10 +108,7 @@ class Engine:
 
     def __init__(self, plugin: bool, model: str, eager: bool, max_num_seqs: int) -> None:
         command = [sys.executable, __file__, "--model", model, "--max-num-seqs", str(max_num_seqs), "--as-engine"]
-        environment = os.environ | {
-            "VLLM_PLUGINS": "steer_server" if plugin else "",
-            "VLLM_USE_V2_MODEL_RUNNER": "0",
-        }
+        environment = os.environ | {"VLLM_PLUGINS": "steer_server" if plugin else ""}
         self.process = subprocess.Popen(
             [*command, "--eager"] if eager else command,
             stdin=subprocess.PIPE,

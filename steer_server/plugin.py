@@ -13,13 +13,23 @@ def register() -> None:
     """`vllm.general_plugins`: called in every process of vLLM, possibly more than once."""
     from steer_server.api.carriers import admit_request
     from steer_server.api.receipts import attach_receipt
-    from steer_server.engine.vllm_compat import engine_config, engine_core, frontend, openai_serving, runner_v1
+    from steer_server.engine.vllm_compat import (
+        engine_config,
+        engine_core,
+        frontend,
+        openai_serving,
+        runner_v1,
+        runner_v2,
+        worker_methods,
+    )
 
     engine_config.install()
     openai_serving.install(admit_request, attach_receipt)
     frontend.install()
     engine_core.install()
     runner_v1.install()
+    runner_v2.install()
+    worker_methods.install()
 
 
 def endpoint_plugin() -> SteeringEndpoint:

@@ -9,7 +9,6 @@ import pytest
 # Before anything of vLLM is imported: little memory for the KV cache, and the plugin in every process.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_PLUGINS", "steer_server")
-os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 

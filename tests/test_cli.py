@@ -107,12 +107,9 @@ def test_the_embedded_model_has_defaults_that_flags_override(model_dir):
 
 def test_the_environment_names_the_plugin_beside_others(monkeypatch):
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
-    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
     chosen = vllm_environment(embedded=False)
     assert {"steer_server", "lora_filesystem_resolver"} <= set(chosen["VLLM_PLUGINS"].split(","))
-    assert chosen["VLLM_USE_V2_MODEL_RUNNER"] == "0"
     monkeypatch.setenv("VLLM_PLUGINS", "mine")
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     assert vllm_environment(embedded=False) == {"VLLM_PLUGINS": "mine,steer_server"}
     monkeypatch.setenv("VLLM_PLUGINS", "steer_server,mine")
     assert vllm_environment(embedded=False) == {}

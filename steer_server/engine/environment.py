@@ -24,8 +24,6 @@ def vllm_environment(embedded: bool) -> dict[str, str]:
         environment["VLLM_PLUGINS"] = ",".join(sorted(names | {PLUGIN}))
     elif PLUGIN not in named.split(","):
         environment["VLLM_PLUGINS"] = f"{named},{PLUGIN}" if named else PLUGIN
-    if "VLLM_USE_V2_MODEL_RUNNER" not in os.environ:
-        environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     if embedded and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         environment["VLLM_CPU_KVCACHE_SPACE"] = "2"
     return environment

@@ -25,7 +25,7 @@ def server(tmp_path_factory, model_dir):
         str(vllm), "serve", str(model_dir), "--served-model-name", "base", "--dtype", "float32",
         "--max-model-len", "1024", "--enforce-eager", "--additional-config", json.dumps(steering),
     ]  # fmt: skip
-    with servers.running(command, log, {"VLLM_PLUGINS": "steer_server", "VLLM_USE_V2_MODEL_RUNNER": "0"}) as running:
+    with servers.running(command, log, {"VLLM_PLUGINS": "steer_server"}) as running:
         yield running
 
 

@@ -104,11 +104,13 @@ def test_with_cuda_graphs_the_op_runs_between_them():
     assert cpu.splitting_ops is None
 
 
-def test_the_v2_runner_is_told_what_to_set(create, monkeypatch):
-    """vLLM builds no V2 configuration without Triton, so a V1 one says here that it is V2."""
+def test_cuda_graphs_that_cannot_be_split_at_the_op_are_refused(create):
+    """As vLLM has it for some models on GPUs: no compilation, and CUDA graphs that break where vLLM says."""
+    from vllm.config import CUDAGraphMode
+
     vllm_config = create()
-    monkeypatch.setattr(type(vllm_config), "use_v2_model_runner", property(lambda self: True))
-    with pytest.raises(ConfigError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+    vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    with pytest.raises(ConfigError, match="VLLM_USE_BREAKABLE_CUDAGRAPH=0"):
         refuse_unsupported(vllm_config)
 
 

@@ -25,6 +25,9 @@ SEAMS = [
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "_model_forward"),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "sample_tokens"),
     ("vllm.v1.worker.cpu_model_runner", "CPUModelRunner", "load_model"),
+    ("vllm.v1.worker.gpu.model_states", None, "resolve_model_state_cls"),
+    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner", "execute_model"),
+    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner", "sample_tokens"),
     ("vllm.v1.worker.gpu_worker", "Worker", "compile_or_warm_up_model"),
     ("vllm.v1.worker.cpu_worker", "CPUWorker", "compile_or_warm_up_model"),
     ("vllm.entrypoints.openai.chat_completion.serving", "OpenAIServingChat", "create_chat_completion"),
@@ -95,6 +98,35 @@ def test_names_that_are_used_without_being_replaced():
         assert hasattr(WorkerBase, method)
     assert callable(LLM.collective_rpc)
     assert "prompt_logprobs" in SamplingParams.__struct_fields__
+
+
+def test_names_of_the_v2_runner():
+    """What `runner_v2` reads, and the methods of every ModelState that it may find itself on top of."""
+    import dataclasses
+    import inspect
+
+    from vllm.v1.core.sched.output import NewRequestData
+    from vllm.v1.worker.gpu.async_utils import AsyncOutput
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+    from vllm.v1.worker.gpu.model_states.interface import ModelState
+    from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
+
+    def parameters(function):
+        return list(inspect.signature(function).parameters)[1:]
+
+    for state in (ModelState, DefaultModelState, MambaHybridModelState):
+        assert parameters(state.__init__) == ["vllm_config", "model", "encoder_cache", "device"]
+        assert parameters(state.add_request) == ["req_index", "new_req_data"]
+        assert parameters(state.remove_request) == ["req_id"]
+        assert parameters(state.preprocess_state)[0] == "input_batch"
+    fields = {field.name for field in dataclasses.fields(InputBatch)}
+    assert {"req_ids", "num_computed_tokens_np", "num_scheduled_tokens"} <= fields
+    assert "model_runner_output" in parameters(AsyncOutput.__init__)
+    assert {"req_id", "sampling_params"} <= {field.name for field in dataclasses.fields(NewRequestData)}
+    assert isinstance(NewRequestData.prompt_len, property)
+    assert isinstance(GPUModelRunner.armed, property)
 
 
 def test_the_plan_crosses_vllms_wire_and_its_owner_stays():

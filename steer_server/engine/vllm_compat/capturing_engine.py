@@ -32,7 +32,7 @@ class CapturingEngine:
 
     The outputs of their layers are armed; other places only where one of the SAEs is.
 
-    The plugin must load, which the environment decides as for a server (`VLLM_PLUGINS`, `VLLM_USE_V2_MODEL_RUNNER=0`).
+    The plugin must load, which the environment decides as for a server (`VLLM_PLUGINS`).
 
     saes: folder by name. max_edits: edit rows of the largest plan; the row bank holds one such plan.
     """

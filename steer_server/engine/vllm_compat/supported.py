@@ -18,10 +18,6 @@ def refuse_unsupported(vllm_config: Any) -> None:
     """Raise ConfigError where this engine's configuration would make steering inexact."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     refusals = [
-        (
-            vllm_config.use_v2_model_runner,
-            "the V2 model runner. Set VLLM_USE_V2_MODEL_RUNNER=0 to serve with the V1 runner",
-        ),
         (os.environ.get("VLLM_USE_RUST_FRONTEND") == "1", "the Rust front end. Unset VLLM_USE_RUST_FRONTEND"),
         (vllm_config.speculative_config is not None, "speculative decoding. Leave out --speculative-config"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism. Use --tensor-parallel-size instead"),
@@ -39,6 +35,11 @@ def refuse_unsupported(vllm_config: Any) -> None:
             getattr(vllm_config.compilation_config.pass_config, "enable_sp", False),
             "sequence parallelism. Set enable_sp to false in --compilation-config",
         ),
+        (
+            _graphs_without_compilation(vllm_config.compilation_config),
+            "CUDA graphs of a model that vLLM does not compile. Set VLLM_USE_BREAKABLE_CUDAGRAPH=0 or cudagraph_mode "
+            "to NONE in --compilation-config",
+        ),
     ]
     for present, what in refusals:
         if present:
@@ -46,6 +47,13 @@ def refuse_unsupported(vllm_config: Any) -> None:
                 f"Steer Server {'cannot steer with' if '.' not in what else 'does not support'} {what}. "
                 "To serve without steering, take steer_server out of VLLM_PLUGINS."
             )
+
+
+def _graphs_without_compilation(compilation: Any) -> bool:
+    """Whether CUDA graphs are captured that `run_between_cuda_graphs` cannot split at our op."""
+    from vllm.config import CompilationMode, CUDAGraphMode
+
+    return compilation.mode != CompilationMode.VLLM_COMPILE and compilation.cudagraph_mode != CUDAGraphMode.NONE
 
 
 def model_facts(vllm_config: Any) -> ModelFacts:

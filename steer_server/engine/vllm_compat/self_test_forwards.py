@@ -1,0 +1,88 @@
+"""Seam: the forwards of the self-test, through the model of either runner and without a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from steer_server.engine.self_test import Observation, SiteCheck, run_self_test
+from steer_server.engine.vllm_compat.decoder_layers import Observe
+
+
+def check_sites(runner: Any) -> list[SiteCheck]:
+    """Prove that every site of a runner's armed model edits the stream, with the weights and kernels that will serve.
+
+    Raises SelfTestError.
+    """
+    from vllm.config import CompilationMode
+
+    places = runner.armed.places
+
+    def run(tokens: int, compiled: bool, added: list[torch.Tensor] | None) -> Observation:
+        before: list[torch.Tensor | None] = [None] * len(places)
+        after: list[torch.Tensor | None] = [None] * len(places)
+        in_two_parts = [False] * len(places)
+
+        def keep(into: list[torch.Tensor | None], site: int) -> Observe:
+            def observe(hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+                into[site] = hidden.float().clone() if residual is None else hidden.float() + residual.float()
+
+            return observe
+
+        def before_op(site: int) -> Observe:
+            def observe(hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+                in_two_parts[site] = residual is not None
+                if residual is not None and added is not None:
+                    residual += added[site]
+                keep(before, site)(hidden, residual)
+
+            return observe
+
+        handles = []
+        if not compiled:
+            for site, place in enumerate(places):
+                handles += place.watch(before_op(site), keep(after, site))
+        try:
+            final = _run_tokens(runner, tokens, compiled)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return Observation(before, after, in_two_parts, final)
+
+    compiled = runner.compilation_config.mode != CompilationMode.NONE
+    return run_self_test(runner.armed.steering.config.sites, runner.model_config.dtype, run, compiled)
+
+
+@torch.inference_mode()
+def _run_tokens(runner: Any, tokens: int, compiled: bool) -> torch.Tensor:
+    """The model's output [tokens, d_model] for `tokens` copies of one token that do not see each other."""
+    from vllm.forward_context import set_forward_context
+
+    positions = torch.zeros(tokens, dtype=torch.int64, device=runner.device)
+    if runner.model_config.uses_mrope:
+        positions = positions.expand(3, -1)
+    attention = [
+        layer.impl
+        for layer in runner.compilation_config.static_forward_context.values()
+        if hasattr(getattr(layer, "impl", None), "forward")
+    ]
+    try:
+        # Without metadata some attention backends leave their output as it was allocated.
+        for impl in attention:
+            impl.forward = _no_attention
+        with set_forward_context(None, runner.vllm_config, num_tokens=tokens, skip_compiled=not compiled):
+            output = runner.get_model()(
+                input_ids=torch.ones(tokens, dtype=torch.int32, device=runner.device),
+                positions=positions,
+                intermediate_tensors=None,
+                inputs_embeds=None,
+            )
+    finally:
+        for impl in attention:
+            del impl.forward
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _no_attention(*args: Any, output: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+    return None if output is None else output.zero_()
