@@ -48,10 +48,11 @@ class StepTable:
 
     bank: [capacity, d_model], the rows, read in place. encoders: those that edits number.
     token_group: [tokens] int32, -1 where no edit acts. first_write, first_read: [groups * sites + 1] int32.
-    records: [edits * WORDS] int32. coefficients: [tokens * edits of a group] float32, what each edit multiplies its row
-    by; reads leave them for writes. pre_acts, survival: like coefficients, of edits that go through an encoder: the
-    pre-activation there, and what the activation is multiplied by, 0 where the feature does not survive. edited: [sites] int32, the tokens edited at each site since the table was made,
-    counted where it happens.
+    records: [edits * WORDS] int32.
+    coefficients: [tokens * edits of a group] float32, what each edit multiplies its row by; reads leave them for
+        writes. pre_acts, survival: likewise, of edits that go through an encoder: the pre-activation there, and what
+        the activation is multiplied by, 0 where the feature does not survive.
+    edited: [sites] int32, the tokens edited at each site since the table was made, counted where it happens.
     """
 
     def __init__(self, bank: torch.Tensor, n_sites: int, encoders: Sequence[TopKEncoder] = ()) -> None:

@@ -302,8 +302,8 @@ def apply_table(hidden: torch.Tensor, residual: torch.Tensor | None, table: Step
     other = hidden if residual is None else residual
     operands = (
         hidden, other, table.bank, table.token_group, table.first_write, table.first_read, table.records,
-        table.coefficients, table.pre_acts, table.survival, table.edited, site, table.n_sites, n_tokens, d_model, hidden.stride(0), other.stride(0),
-        table.bank.stride(0), table.stride, stream_limit(hidden.dtype),
+        table.coefficients, table.pre_acts, table.survival, table.edited, site, table.n_sites, n_tokens, d_model,
+        hidden.stride(0), other.stride(0), table.bank.stride(0), table.stride, stream_limit(hidden.dtype),
     )  # fmt: skip
     rank(hidden, residual, table, site)
     has = dict(HAS_RESIDUAL=residual is not None, HAS_RANKED=site in table.rankings)
