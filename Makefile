@@ -39,7 +39,7 @@ ray: $(VENV)/.dev-installed ## Install Ray and run the tests on a cluster of two
 	$(BIN)/python -m pip install --quiet 'ray[data]>=2.60'
 	$(BIN)/python -m pytest tests/e2e/test_batch_ray.py
 
-kernels: $(VENV)/.dev-installed ## Run the Triton kernels in the interpreter and compile them for GPUs that are not here
+kernels: $(VENV)/.dev-installed ## Of the tests, those that interpret the Triton kernels and compile them for other GPUs
 	$(BIN)/python -m pytest -m "compiles or interprets" tests/kernels
 
 clean: ## Remove the virtual environments and caches

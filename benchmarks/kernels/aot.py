@@ -30,7 +30,8 @@ from steer_kernels.count_above import triton_kernel as count_above
 from steer_kernels.decode_sparse import triton_kernel as decode_sparse
 from steer_kernels.encode_threshold import triton_kernel as encode_threshold
 from steer_kernels.encode_topk import triton_kernel as encode_topk
-from steer_kernels.tile_shapes import FEATURES, tile_shape
+from steer_kernels.encode_topk_screened import triton_kernel as screened
+from steer_kernels.tile_shapes import FEATURES, slots_per_tile, tile_shape
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -85,11 +86,12 @@ class Compiled:
     matrix_instruction: str
 
 
-def launches(backend: str) -> Iterator[Launch]:
+def launches(architecture: Architecture) -> Iterator[Launch]:
     """What the engine launches on a large SAE: decode of few and of 64 requests, and prefill, in bfloat16 and float32.
 
     float16 compiles to the same instructions as bfloat16 but for their type.
     """
+    backend = architecture.target.backend
     d_sae, k = 65_536, 64
     slots = encode_topk.default_slots(d_sae, k)
     n_tiles = triton.cdiv(d_sae, FEATURES)
@@ -103,19 +105,22 @@ def launches(backend: str) -> Iterator[Launch]:
             how = dict(warps=tile.warps, stages=tile.stages)
             topk, unions = constants | dict(ABSOLUTE=True), triton.next_power_of_2(k + FEATURES)
             again = topk | dict(UNION=unions, SIZE=select["SIZE"], BLOCK=select["BLOCK"])
-            yield Launch(encode_topk._keep_first_of_tiles, "encode_topk", shape, topk, encoder, **how)
+            # Gated, as a screen launches it, is ungated and one load more.
+            gated = topk | dict(GATED=True)
+            yield Launch(encode_topk._keep_first_of_tiles, "encode_topk", shape, gated, encoder, **how)
             yield Launch(encode_topk._run_full_tiles_again, "encode_topk", shape, again, encoder, **how)
             yield Launch(encode_threshold._keep_active_of_tiles, "encode_threshold", shape, constants, encoder, **how)
             yield Launch(encode_threshold._run_full_tiles_again, "encode_threshold", shape, constants, encoder, **how)
             given = encoder | {"floor": "fp32"}
             yield Launch(count_above._given_features, "count_above", shape, topk, given, **how)
             yield Launch(count_above._count_ahead, "count_above", shape, topk, encoder, **how)
+    yield from _screens(architecture)
     for features, count in ((16_384, 64), (65_536, 64), (131_072, 256), (1_048_576, 128)):
         n_tiles = triton.cdiv(features, FEATURES)
         meta = encode_topk.select_meta(n_tiles * encode_topk.default_slots(features, count), n_tiles, count)
         warps = meta.pop("num_warps")
         shape = f"d_sae {features}, k {count}"
-        yield Launch(encode_topk._select, "encode_topk", shape, meta, {}, warps=warps, stages=3)
+        yield Launch(encode_topk._select, "encode_topk", shape, meta | dict(GATED=True), {}, warps=warps, stages=3)
     lists = dict(SLOTS=triton.next_power_of_2(slots), TILES=encode_threshold.TILES)
     yield Launch(encode_threshold._gather_lists, "encode_threshold", f"d_sae {d_sae}", lists, {}, warps=4, stages=3)
     flags = dict(HAS_BIAS=True, HAS_SCALE=True, HAS_BASE=True)
@@ -124,6 +129,34 @@ def launches(backend: str) -> Iterator[Launch]:
         decoder = {"decoder_ptr": f"*{name}", "base_ptr": f"*{name}", "out_ptr": f"*{name}", "values_ptr": "*fp32"}
         warps = 4 if backend == "cuda" else 2
         yield Launch(decode_sparse._decode, "decode_sparse", name, columns, decoder, warps=warps, stages=3)
+
+
+def _screens(architecture: Architecture) -> Iterator[Launch]:
+    """encode_topk_screened, where it is worth it: decode of few and of 64 requests."""
+    op, d_sae, k = "encode_topk_screened", 131_072, 64
+    capacity, n_tiles = screened.default_capacity(k), triton.cdiv(d_sae, FEATURES)
+    slots = min(slots_per_tile(d_sae, capacity), screened.MAX_KEPT // n_tiles)
+    # The smallest of NVIDIA's that converts it, see `steer_kernels.triton_target.converts_e4m3`.
+    converts = architecture.target.backend == "cuda" and architecture.target.arch >= 89
+    copies = {"int8": "*i8"} | ({"e4m3": "*fp8e4nv"} if converts else {})
+    for tokens in (1, 64):
+        for dtype, name in TYPES.items():
+            tile = tile_shape(tokens, dtype, architecture.target.backend)
+            shape = f"{tokens} tokens, {name}"
+            constants = dict(HAS_SCALE=True, ABSOLUTE=True, TOKENS=tile.tokens, FEATURES=FEATURES, INNER=tile.inner)
+            warps = screened.screen_shape(tokens, dtype, architecture.target.backend).warps
+            for copy, pointer in copies.items():
+                types = {"x_ptr": f"*{name}", "weights_ptr": pointer}
+                screen = f"{shape}, {copy}"
+                yield Launch(screened._screen_tiles, op, screen, constants, types, warps=warps, stages=tile.stages)
+            types = {"x_ptr": f"*{name}", "encoder_ptr": f"*{name}"}
+            yield Launch(screened._rescore, op, shape, constants, types, warps=tile.warps, stages=tile.stages)
+    for meta, kernel in (
+        (screened.choose_meta(n_tiles * slots, n_tiles), screened._choose_candidates),
+        (screened.certify_meta(capacity, k) | dict(TOKENS=64), screened._certify),
+    ):
+        warps = meta.pop("num_warps")
+        yield Launch(kernel, op, f"d_sae {d_sae}, k {k}", meta, {}, warps=warps, stages=3)
 
 
 POINTERS = {
@@ -139,6 +172,11 @@ POINTERS = {
     "ahead_ptr": "*i32",
     "keys_ptr": "*i32",
     "to_rank_ptr": "*i32",
+    "candidates_ptr": "*i64",
+    "n_candidates_ptr": "*i32",
+    "rest_ptr": "*i32",
+    "wanted_ptr": "*i32",
+    "wanted_tiles_ptr": "*i32",
 }
 ALIGNED = ("d_in", "x_stride", "encoder_stride", "decoder_stride", "base_stride", "d_out")
 """Sizes that are multiples of 16 in every SAE that is served, as Triton's launcher finds out for itself."""
@@ -219,7 +257,7 @@ def table(rows: list[Compiled]) -> str:
 
 
 def main() -> None:
-    work = [(launch, arch) for arch in ARCHITECTURES for launch in launches(arch.target.backend)]
+    work = [(launch, arch) for arch in ARCHITECTURES for launch in launches(arch)]
     rows = [compile_for(launch, arch) for launch, arch in track(work, "Compiling", console=Console(stderr=True))]
     rows.sort(key=lambda row: (row.op, row.kernel))
     RESULTS.mkdir(exist_ok=True)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from steer_kernels import eight_bit
+
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 TAKEN = tl.constexpr(-(2**31))
 """The rank key of what is not there: past the end of the SAE, or kept already."""
@@ -17,6 +19,49 @@ EMPTY = tl.constexpr(-(2**63))
 """A packed rank that comes after all others."""
 HIGHEST = tl.constexpr(2**63 - 1)
 LOW_31_BITS = tl.constexpr(2**31 - 1)
+BIAS_SLACK = tl.constexpr(eight_bit.BIAS_SLACK)
+UNDERFLOW = tl.constexpr(eight_bit.UNDERFLOW)
+
+
+@triton.jit
+def products_tile(
+    x_ptr,
+    encoder_ptr,
+    rows,
+    row_exists,
+    features,
+    feature_exists,
+    d_in,
+    x_stride,
+    encoder_stride,
+    encoder_inner_stride,
+    TOKENS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """x . encoder [TOKENS, FEATURES] float32 of the tokens `rows` and any `features`, zero where none exists.
+
+    The encoder is in x's dtype, or in one of eight bits, whose numbers all of x's dtypes hold.
+
+    An element is added up in the same order whichever tile it is computed in, given the same three constants: so a tile
+    that is run again gives the same bits.
+    """
+    inner = tl.arange(0, INNER)
+    x_rows = x_ptr + rows.to(tl.int64)[:, None] * x_stride
+    encoder_rows = encoder_ptr + features.to(tl.int64)[None, :] * encoder_stride
+    products = tl.zeros([TOKENS, FEATURES], dtype=tl.float32)
+    for start in range(0, d_in, INNER):
+        at = start + inner
+        inside = at < d_in
+        x = tl.load(x_rows + at[None, :], mask=row_exists[:, None] & inside[None, :], other=0.0)
+        columns = encoder_rows + at.to(tl.int64)[:, None] * encoder_inner_stride
+        encoder = tl.load(columns, mask=inside[:, None] & feature_exists[None, :], other=0.0)
+        if INTERPRETED and x.dtype == tl.bfloat16:
+            # Triton 3.9's interpreter multiplies the bit patterns of bfloat16.
+            x = x.to(tl.float32)
+        # TF32 would round float32 inputs to 10 bits and make ties and order wrong.
+        products = tl.dot(x, encoder.to(x.dtype), products, input_precision="ieee")
+    return products
 
 
 @triton.jit
@@ -38,26 +83,11 @@ def pre_activation_tile(
     FEATURES: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """p [TOKENS, FEATURES] float32 of the tokens `rows` and any `features`; zero rows and columns where none exists.
-
-    An element is added up in the same order whichever tile it is computed in, given the same three constants: so a tile
-    that is run again gives the same bits.
-    """
-    inner = tl.arange(0, INNER)
-    x_rows = x_ptr + rows.to(tl.int64)[:, None] * x_stride
-    encoder_rows = encoder_ptr + features.to(tl.int64)[None, :] * encoder_stride
-    products = tl.zeros([TOKENS, FEATURES], dtype=tl.float32)
-    for start in range(0, d_in, INNER):
-        at = start + inner
-        inside = at < d_in
-        x = tl.load(x_rows + at[None, :], mask=row_exists[:, None] & inside[None, :], other=0.0)
-        columns = encoder_rows + at.to(tl.int64)[:, None] * encoder_inner_stride
-        encoder = tl.load(columns, mask=inside[:, None] & feature_exists[None, :], other=0.0)
-        if INTERPRETED and x.dtype == tl.bfloat16:
-            # Triton 3.9's interpreter multiplies the bit patterns of bfloat16.
-            x, encoder = x.to(tl.float32), encoder.to(tl.float32)
-        # TF32 would round float32 inputs to 10 bits and make ties and order wrong.
-        products = tl.dot(x, encoder, products, input_precision="ieee")
+    """p [TOKENS, FEATURES] float32, as `products_tile`; zero rows and columns where no token or feature exists."""
+    products = products_tile(
+        x_ptr, encoder_ptr, rows, row_exists, features, feature_exists,
+        d_in, x_stride, encoder_stride, encoder_inner_stride, TOKENS, FEATURES, INNER,
+    )  # fmt: skip
     bias = tl.load(b_enc_ptr + features, mask=feature_exists, other=0.0)
     if HAS_SCALE:
         scale = tl.load(scale_ptr + rows, mask=row_exists, other=0.0)
@@ -65,6 +95,41 @@ def pre_activation_tile(
         shape: tl.constexpr = [TOKENS, FEATURES]
         return tl.fma(products, tl.broadcast_to(scale[:, None], shape), tl.broadcast_to(bias[None, :], shape))
     return products + bias[None, :]
+
+
+@triton.jit
+def eight_bit_tile(
+    x_ptr,
+    weights_ptr,
+    step_ptr,
+    slack_ptr,
+    b_enc_ptr,
+    scale_ptr,
+    size_ptr,
+    rows,
+    row_exists,
+    features,
+    feature_exists,
+    d_in,
+    x_stride,
+    HAS_SCALE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """(p8, its bound), both [TOKENS, FEATURES] float32, as in `steer_kernels.eight_bit`; weights are row-major."""
+    products = products_tile(
+        x_ptr, weights_ptr, rows, row_exists, features, feature_exists,
+        d_in, x_stride, d_in, 1, TOKENS, FEATURES, INNER,
+    )  # fmt: skip
+    bias = tl.load(b_enc_ptr + features, mask=feature_exists, other=0.0)
+    products *= tl.load(step_ptr + features, mask=feature_exists, other=0.0)[None, :]
+    if HAS_SCALE:
+        products *= tl.load(scale_ptr + rows, mask=row_exists, other=0.0)[:, None]
+    size = tl.load(size_ptr + rows, mask=row_exists, other=0.0)
+    slack = tl.load(slack_ptr + features, mask=feature_exists, other=0.0)
+    bound = size[:, None] * slack[None, :] + (tl.abs(bias) * BIAS_SLACK + UNDERFLOW)[None, :]
+    return products + bias[None, :], bound
 
 
 @triton.jit

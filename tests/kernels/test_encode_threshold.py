@@ -10,7 +10,7 @@ from steer_kernels.pre_activations import pre_activations_reference
 from tests.kernels.sae_cases import (
     DRAWN,
     DTYPES,
-    SHAPES,
+    TYPED_SHAPES,
     encode_threshold,
     encoder,
     real_encoder,
@@ -26,8 +26,7 @@ def assert_exact(device, x, W, b, threshold, capacity, scale=None):
         same(one, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "d_in", "d_sae"), SHAPES)
+@pytest.mark.parametrize(("tokens", "d_in", "d_sae", "dtype"), TYPED_SHAPES)
 def test_shapes(device, tokens, d_in, d_sae, dtype):
     x, W, b, scale = encoder(tokens, d_in, d_sae, dtype)
     # Integers against integers: many pre-activations equal their threshold, which is not above it.
@@ -100,7 +99,7 @@ def test_gated_saes_are_thresholds(device):
 def test_full_tiles_are_run_again(triton_device, slots, capacity):
     from steer_kernels.encode_threshold.triton_kernel import encode_threshold_triton
 
-    x, W, b, _ = encoder(19, 33, 500, torch.float32)
+    x, W, b, _ = encoder(5, 33, 500, torch.float32)
     b[130:150] = 1000.0
     threshold = torch.full((500,), 20.0)
     encoded = encode_threshold_triton(*[t.to(triton_device) for t in (x, W, b, threshold)], capacity, slots=slots)
@@ -115,7 +114,7 @@ def test_batches_longer_than_a_pass(triton_device, monkeypatch):
     from steer_kernels.encode_threshold import triton_kernel
 
     monkeypatch.setattr(triton_kernel, "MAX_TOKENS", 16)
-    x, W, b, _ = encoder(37, 6, 140, torch.float32)
+    x, W, b, _ = encoder(21, 6, 140, torch.float32)
     tensors = [t.to(triton_device) for t in (x, W, b, torch.zeros(140))]
     encoded = triton_kernel.encode_threshold_triton(*tensors, 50)
     same(encoded.features.cpu(), encode_threshold_reference(x, W, b, torch.zeros(140), 50)[1])

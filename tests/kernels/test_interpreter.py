@@ -11,15 +11,16 @@ import pytest
 from tests.kernels.conftest import INTERPRETED
 
 ROOT = Path(__file__).parents[2]
+KERNELS = ("encode_topk", "encode_topk_screened", "encode_threshold", "count_above", "decode_sparse")
 
 
 @pytest.mark.interprets
-@pytest.mark.timeout(1800)
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
-@pytest.mark.parametrize("kernel", ["encode_topk", "encode_threshold", "count_above", "decode_sparse"])
-def test_kernel_in_the_interpreter(kernel):
+def test_kernels_in_the_interpreter():
+    # One process for all: each would import torch and Triton anew.
+    tests = [f"tests/kernels/test_{kernel}.py" for kernel in KERNELS]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/kernels/test_{kernel}.py"],
+        [sys.executable, "-m", "pytest", "-q", "-rN", "-p", "no:cacheprovider", "-W", "ignore", *tests],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -30,6 +31,6 @@ def test_kernel_in_the_interpreter(kernel):
     summary = result.stdout.strip().splitlines()[-1]
     passed = re.search(r"(\d+) passed", summary)
     assert passed is not None
-    assert int(passed[1]) >= 20, "the tests must be there, and none left out"
+    assert int(passed[1]) >= 20 * len(KERNELS), "the tests must be there, and none left out"
     assert "skipped" not in summary
     assert "deselected" not in summary

@@ -5,15 +5,21 @@ import torch
 
 from steer_kernels.count_above import count_above
 from steer_kernels.decode_sparse import decode_sparse
+from steer_kernels.eight_bit import quantise
 from steer_kernels.encode_threshold import encode_threshold
 from steer_kernels.encode_topk import encode_topk
+from steer_kernels.encode_topk_screened import encode_topk_screened
 from tests.kernels.sae_cases import encoder
 
 X, W, B, SCALE = encoder(5, 8, 40, torch.float32)
 FEATURES = torch.arange(10).view(5, 2)
+COPY = quantise(W)
+EIGHT_BIT = (COPY.weights, COPY.step, COPY.slack, COPY.longest)
 CALLS = [
     (encode_topk, (X, W, B, 6, False, None)),
     (encode_topk, (X.half(), W.half(), B, 6, True, SCALE)),
+    (encode_topk_screened, (X, W, B, *EIGHT_BIT, 6, False, None)),
+    (encode_topk_screened, (X.half(), W.half(), B, *EIGHT_BIT, 6, True, SCALE)),
     (encode_threshold, (X, W, B, torch.zeros(40), 7, None)),
     (encode_threshold, (X.bfloat16(), W.bfloat16(), B, torch.zeros(40), 7, SCALE)),
     (count_above, (X, W, B, FEATURES, 0.0, False, None)),
@@ -27,6 +33,11 @@ CALLS = [
 def test_registration(op, arguments):
     """torch's own checks: the schema tells what is mutated, and the fake implementation tells shapes and dtypes."""
     torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_results_lie_as_a_compiled_model_takes_them_to():
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    assert all(result.is_contiguous() for result in encode_topk(x, W, B, 6, False, None))
 
 
 def test_a_compiled_model_calls_them_without_a_break():
@@ -46,6 +57,7 @@ ERRORS = [
     (encode_topk, (X, W, B, 6, False, SCALE.double()), r"scale must be \[5\] float32, not \[5\] torch.float64"),
     (encode_topk, (X, W, B, 41, False, None), "k must be between 1 and d_sae = 40, not 41"),
     (encode_topk, (X, W, B, 0, False, None), "k must be between 1 and d_sae = 40, not 0"),
+    (encode_topk_screened, (X, W, B, COPY.weights.T, *EIGHT_BIT[1:], 6, False, None), "make them with steer_kernels"),
     (encode_threshold, (X, W, B, torch.zeros(3), 7, None), r"threshold must be \[40\] float32, not \[3\]"),
     (encode_threshold, (X, W, B, torch.zeros(40), 0, None), "capacity must be at least 1, not 0"),
     (count_above, (X, W, B, FEATURES[:4], 0.0, False, None), r"features must be \[5, n\] int32 or int64, not \[4, 2\]"),

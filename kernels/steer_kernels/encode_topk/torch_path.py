@@ -33,21 +33,23 @@ def encode_topk_torch(
 
 def _first(pre_acts: torch.Tensor, k: int, absolute: bool) -> tuple[torch.Tensor, torch.Tensor]:
     ranked = pre_acts.abs() if absolute else pre_acts
-    features = _first_few(ranked, k) if ranked.numel() <= FEW else None
-    if features is None:
-        features = _first_in_groups(ranked, k)
+    few = _first_few(ranked, k) if ranked.numel() <= FEW else None
+    if few is not None and not absolute:
+        return few
+    features = _first_in_groups(ranked, k) if few is None else few[1]
     return pre_acts.gather(-1, features), features
 
 
-def _first_few(ranked: torch.Tensor, k: int) -> torch.Tensor | None:
-    """Features [n, k] by torch.topk, which leaves the order of equals open: None where there are any, or a NaN."""
+def _first_few(ranked: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(ranked, features), [n, k], by torch.topk, which leaves the order of equals open: None where any are, or NaN."""
     n_seen = min(k + 1, ranked.shape[1])
     values, features = ranked.topk(n_seen, dim=-1)
     # One comparison finds both: NaN is not less than anything. numpy's overhead is a fraction of torch's.
     seen = values.numpy()
     if not (seen[:, 1:] < seen[:, :-1]).all() or (n_seen == 1 and bool(values.isnan().any())):
         return None
-    return features[:, :k]
+    # A compiled model takes what the fake implementation promises for granted, strides included.
+    return values[:, :k].contiguous(), features[:, :k].contiguous()
 
 
 def _first_in_groups(ranked: torch.Tensor, k: int) -> torch.Tensor:

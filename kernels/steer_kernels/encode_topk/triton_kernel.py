@@ -57,12 +57,17 @@ def _keep_first_of_tiles(
     encoder_inner_stride,
     n_tiles,
     slots,
+    wanted_tiles_ptr,
     HAS_SCALE: tl.constexpr,
     ABSOLUTE: tl.constexpr,
+    GATED: tl.constexpr,
     TOKENS: tl.constexpr,
     FEATURES: tl.constexpr,
     INNER: tl.constexpr,
 ):
+    if GATED:  # noqa: SIM102 - compiled only where it is true, as the rest of an `and` would not be
+        if tl.load(wanted_tiles_ptr + tl.program_id(0)) == 0:
+            return
     # Tiles of tokens are the fast axis: those that read the same features run side by side and share them in L2.
     rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     tile = tl.program_id(1)
@@ -114,6 +119,8 @@ def _select(
     k,
     first_stride,
     max_full,
+    wanted_ptr,
+    GATED: tl.constexpr,
     KEPT: tl.constexpr,
     TILES: tl.constexpr,
     SIZE: tl.constexpr,
@@ -121,6 +128,10 @@ def _select(
     FEATURES: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
+    if GATED:  # noqa: SIM102
+        if tl.load(wanted_ptr + token) == 0:
+            tl.store(n_full_ptr + token, 0)
+            return
     n_kept = n_tiles * slots
     kept_row = kept_ptr + token * n_kept
     first_row = first_ptr + token * first_stride
@@ -218,6 +229,17 @@ class EncodedTopK:
     full_tiles: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What a pass is for: not zero where a token, or a tile of tokens with such a one, is to be encoded; both int32.
+
+    Other tokens are left as they are, and tiles without wanted ones read nothing of the encoder.
+    """
+
+    tokens: torch.Tensor
+    tiles: torch.Tensor
+
+
 def default_slots(d_sae: int, k: int) -> int:
     """Features that a tile keeps, so that tiles seldom have to be run again."""
     return max(1, min(slots_per_tile(d_sae, k), MAX_KEPT // triton.cdiv(d_sae, FEATURES)))
@@ -258,14 +280,14 @@ def encode_topk_triton(
     )
     for start in range(0, x.shape[0], MAX_TOKENS):
         part = slice(start, start + MAX_TOKENS)
-        _one_pass(
+        one_pass(
             x[part], encoder, b_enc, None if scale is None else scale[part], k, absolute, slots,
             EncodedTopK(encoded.values[part], encoded.features[part], encoded.full_tiles[part]),
         )  # fmt: skip
     return encoded
 
 
-def _one_pass(
+def one_pass(
     x: torch.Tensor,
     encoder: torch.Tensor,
     b_enc: torch.Tensor,
@@ -274,7 +296,9 @@ def _one_pass(
     absolute: bool,
     slots: int,
     out: EncodedTopK,
+    wanted: Wanted | None = None,
 ) -> None:
+    """encode_topk of at most MAX_TOKENS tokens into `out`, of those that are wanted where that is given."""
     (n_tokens, d_in), d_sae = x.shape, encoder.shape[0]
     shape = tile_shape(n_tokens, x.dtype, triton_backend())
     n_tiles = triton.cdiv(d_sae, FEATURES)
@@ -286,12 +310,15 @@ def _one_pass(
         HAS_SCALE=scale is not None, ABSOLUTE=absolute, TOKENS=shape.tokens, FEATURES=FEATURES, INNER=shape.inner,
         num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
+    gated = wanted is not None
+    wanted_tokens, wanted_tiles = (wanted.tokens, wanted.tiles) if wanted is not None else (full, full)
     grid = (triton.cdiv(n_tokens, shape.tokens), n_tiles)
-    _keep_first_of_tiles[grid](*operands, kept, *sizes, **meta)
+    _keep_first_of_tiles[grid](*operands, kept, *sizes, wanted_tiles, GATED=gated, **meta)
     select = select_meta(n_tiles * slots, n_tiles, k)
     _select[(n_tokens,)](
-        kept, first, full, out.full_tiles, out.values, out.features, d_sae, n_tiles, slots, *lists, **select
-    )
+        kept, first, full, out.full_tiles, out.values, out.features, d_sae, n_tiles, slots, *lists, wanted_tokens,
+        GATED=gated, **select,
+    )  # fmt: skip
     _run_full_tiles_again[(n_tokens,)](
         *operands, kept, first, full, out.full_tiles, out.values, out.features, *sizes, *lists,
         **meta, UNION=triton.next_power_of_2(k + FEATURES), SIZE=select["SIZE"], BLOCK=select["BLOCK"],
