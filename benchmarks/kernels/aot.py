@@ -26,6 +26,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from steer_kernels.apply_edits import membership
+from steer_kernels.apply_edits import triton_kernel as apply_edits
 from steer_kernels.count_above import triton_kernel as count_above
 from steer_kernels.decode_sparse import triton_kernel as decode_sparse
 from steer_kernels.encode_threshold import triton_kernel as encode_threshold
@@ -92,6 +94,15 @@ def launches(architecture: Architecture) -> Iterator[Launch]:
     float16 compiles to the same instructions as bfloat16 but for their type.
     """
     backend = architecture.target.backend
+    for dtype, name in TYPES.items():
+        stream = {"hidden_ptr": f"*{name}", "residual_ptr": f"*{name}", "bank_ptr": f"*{name}", "limit": "fp32"}
+        for grouped, form in ((False, "rows"), (True, "blocks")):
+            meta = apply_edits.launch_meta(grouped, 4096, dtype, backend)
+            how = dict(warps=meta.pop("num_warps"), stages=meta.pop("num_stages"))
+            constants = dict(HAS_RESIDUAL=True, HAS_RANKED=True, BLOCK=apply_edits.BLOCK) | meta
+            yield Launch(apply_edits._apply_edits, "apply_edits", f"{form}, {name}", constants, stream, **how)
+    asked = dict(EDITS=membership.EDITS)
+    yield Launch(membership._asked_features, "apply_edits", "membership", asked, {}, warps=1, stages=3)
     d_sae, k = 65_536, 64
     slots = encode_topk.default_slots(d_sae, k)
     n_tiles = triton.cdiv(d_sae, FEATURES)
@@ -160,6 +171,12 @@ def _screens(architecture: Architecture) -> Iterator[Launch]:
 
 
 POINTERS = {
+    "group_ptr": "*i32",
+    "first_write_ptr": "*i32",
+    "first_read_ptr": "*i32",
+    "table_ptr": "*i32",
+    "edited_ptr": "*i32",
+    "asked_ptr": "*i32",
     "kept_ptr": "*i64",
     "first_ptr": "*i64",
     "features_ptr": "*i64",

@@ -32,11 +32,12 @@ import torch.nn.functional as F
 import typer
 from rich.console import Console
 
-from steer_kernels.apply_edits import SiteEdits, apply_edits_reference, apply_prepared, prepare_edits
+from steer_kernels.apply_edits import SiteEdits, StepTable, TableEdits, apply_edits_reference, prepare_edits
 from steer_kernels.count_above import count_above, count_above_reference
 from steer_kernels.decode_sparse import decode_sparse, decode_sparse_reference
 from steer_kernels.encode_threshold import encode_threshold, encode_threshold_reference
 from steer_kernels.encode_topk import encode_topk, encode_topk_reference
+from steer_kernels.triton_devices import runs_triton
 
 RESULTS = Path(__file__).parents[1] / "results"
 INF = float("inf")
@@ -143,7 +144,7 @@ def check(device: str) -> None:
             ),
         ]
         edited, edits = x.to(device, copy=True), features_set(tokens)
-        apply_prepared(edited, None, prepare_edits(edits, on[1]))
+        editing(edits, on[1])(edited)
         pairs.append(((edited,), (apply_edits_reference(x, None, W, edits),)))
         for ours, expected in pairs:
             for one, other in zip(ours, expected, strict=True):
@@ -159,6 +160,17 @@ def features_set(tokens: int) -> SiteEdits:
         shift=4 * every, low=-np.inf * every, high=np.inf * every, encoder=none, feature=neither, norm=neither,
         source=none, preserve_norm=np.zeros(tokens, np.bool_),
     )  # fmt: skip
+
+
+def editing(edits: SiteEdits, bank: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    """`edits`, each of a request of its own, as the engine applies them to a stream on the bank's device."""
+    if not runs_triton(bank.device):
+        prepared = prepare_edits(edits, bank)
+        return lambda hidden: prepared.apply(hidden, None)
+    table = StepTable(bank, 1)
+    table.fill(edits, np.zeros(len(edits), dtype=np.int64), np.arange(len(edits)))
+    at_site = TableEdits(table, 0)
+    return lambda hidden: at_site.apply(hidden, None)
 
 
 Implementation = Callable[[], Any]
@@ -194,8 +206,8 @@ def contenders(op: str, inputs: Inputs) -> tuple[Implementation, Callable[..., A
     i = inputs
     if op == "apply_edits":
         tokens, bank = i.x.shape[0], i.encoder
-        prepared, edited, own = prepare_edits(features_set(tokens), bank), i.x.clone(), bank[:tokens].clone()
-        return lambda: apply_prepared(edited, None, prepared), eager_edit, (i.x.clone(), own, own.clone())
+        edit, edited, own = editing(features_set(tokens), bank), i.x.clone(), bank[:tokens].clone()
+        return lambda: edit(edited), eager_edit, (i.x.clone(), own, own.clone())
     if op == "encode_topk":
         arguments = (i.x, i.encoder, i.b_enc, i.k)
         return lambda: encode_topk(*arguments, False, None), eager_topk, arguments

@@ -6,10 +6,12 @@ another process for it, in which the same tests run on nothing else.
 """
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
+HERE = Path(__file__).parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["interpreter"] if INTERPRETED else ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
@@ -20,7 +22,11 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """What only Triton's launchers can show is left to the interpreter's process where there is no GPU."""
+    """What only Triton's launchers can show is left to the interpreter's process where there is no GPU, and to that
+    process nothing else."""
+    if INTERPRETED:
+        runs_kernels = {"device", "triton_device", "form"}
+        items[:] = [i for i in items if i.path.parent != HERE or runs_kernels & set(getattr(i, "fixturenames", ()))]
     if DEVICES == ["cpu"]:
         left = [item for item in items if "triton_device" in getattr(item, "fixturenames", ())]
         config.hook.pytest_deselected(items=left)

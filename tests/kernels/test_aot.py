@@ -25,14 +25,25 @@ def test_fits_sm_90(launch):
     assert compiled.spilled_bytes == 0
     assert compiled.shared_bytes <= compiled.shared_limit
     # Products of a tile of 64 tokens and more go to Hopper's own matrix units, smaller ones to Ampere's.
-    if "bf16" in launch.shape and "TOKENS" in launch.constants:
+    if launch.op == "apply_edits":
+        assert compiled.matrix_instruction == ("mma.sync" if launch.shape == "blocks, bf16" else "")
+    elif "bf16" in launch.shape and "TOKENS" in launch.constants:
         wide = launch.constants["TOKENS"] >= 64
         assert compiled.matrix_instruction == ("wgmma.mma_async" if wide else "mma.sync")
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_100", "gfx942"])
 @pytest.mark.parametrize(
-    "shape", ["64 tokens, bf16", "64 tokens, bf16, int8", "d_sae 65536, k 64", "d_sae 65536", "bf16"]
+    "shape",
+    [
+        "64 tokens, bf16",
+        "64 tokens, bf16, int8",
+        "d_sae 65536, k 64",
+        "d_sae 65536",
+        "bf16",
+        "rows, bf16",
+        "blocks, bf16",
+    ],
 )
 def test_compiles_elsewhere(architecture, shape):
     target = BY_NAME[architecture]

@@ -11,14 +11,14 @@ import pytest
 from tests.kernels.conftest import INTERPRETED
 
 ROOT = Path(__file__).parents[2]
-KERNELS = ("encode_topk", "encode_topk_screened", "encode_threshold", "count_above", "decode_sparse")
+KERNELS = ("apply_edits", "encode_topk", "encode_topk_screened", "encode_threshold", "count_above", "decode_sparse")
 
 
 @pytest.mark.interprets
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_kernels_in_the_interpreter():
     # One process for all: each would import torch and Triton anew.
-    tests = [f"tests/kernels/test_{kernel}.py" for kernel in KERNELS]
+    tests = [f"tests/kernels/test_{kernel}.py" for kernel in KERNELS] + ["tests/engine/test_worker_steering.py"]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-rN", "-p", "no:cacheprovider", "-W", "ignore", *tests],
         cwd=ROOT,

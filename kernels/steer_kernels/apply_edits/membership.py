@@ -11,6 +11,9 @@ from steer_kernels.apply_edits.step_table import INTEGERS, MAX_RANKED, READ_ORDE
 from steer_kernels.apply_edits.token_norm import scaled
 from steer_kernels.count_above import count_above
 
+EDITS = 16
+"""Edits that a program looks at together."""
+
 _WORDS = tl.constexpr(WORDS)
 _START = tl.constexpr(INTEGERS.index("start"))
 _STOP = tl.constexpr(INTEGERS.index("stop"))
@@ -77,7 +80,7 @@ def rank(hidden: torch.Tensor, residual: torch.Tensor | None, table: StepTable, 
         asked = torch.full(shape, -1, dtype=torch.int32, device=hidden.device)
         _asked_features[(n_tokens,)](
             table.token_group, table.first_write, table.first_read, table.records, asked, site, table.n_sites,
-            table.stride, ranking.encoder, int(ranking.norm), first, features.stop - 1, EDITS=16, num_warps=1,
+            table.stride, ranking.encoder, int(ranking.norm), first, features.stop - 1, EDITS=EDITS, num_warps=1,
         )  # fmt: skip
         x, _ = scaled(stream, ranking.norm)
         W_enc, b_enc = encoder.W_enc.T[features], encoder.b_enc[features]
