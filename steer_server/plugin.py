@@ -13,13 +13,21 @@ def register() -> None:
     """`vllm.general_plugins`: called in every process of vLLM, possibly more than once."""
     from steer_server.api.carriers import admit_request
     from steer_server.api.receipts import attach_receipt
-    from steer_server.engine.vllm_compat import engine_config, engine_core, frontend, openai_serving, runner_v1
+    from steer_server.engine.vllm_compat import (
+        engine_config,
+        engine_core,
+        frontend,
+        openai_serving,
+        pipeline,
+        runner_v1,
+    )
 
     engine_config.install()
     openai_serving.install(admit_request, attach_receipt)
     frontend.install()
     engine_core.install()
     runner_v1.install()
+    pipeline.install()
 
 
 def endpoint_plugin() -> SteeringEndpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +16,7 @@ from steer_server.engine.vllm_compat.decoder_layers import Observe, Place, find_
 from steer_server.engine.vllm_compat.engine_config import steering_config
 from steer_server.engine.vllm_compat.engine_core import wire_plan
 from steer_server.engine.vllm_compat.patching import when_imported, wrap
+from steer_server.engine.vllm_compat.pipeline import sites_elsewhere, stage_input, stage_output
 from steer_server.engine.worker import WorkerSteering
 from steer_server.plan import decode_plan
 
@@ -63,16 +65,18 @@ def _load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     if config is None:
         return
     layers = find_decoder_layers(self.get_model(), config.n_layers)
+    elsewhere = sites_elsewhere(config.sites, layers)
+    config = replace(config, sites=tuple(site for site in config.sites if site not in elsewhere))
     points = [HookPoint.parse(site) for site in config.sites]
     self.steering_places = find_places(layers, points, config.d_model)
     for site, place in enumerate(self.steering_places):
         place.arm(site)
     # Here, so that it is part of what vLLM finds in use when it sizes the KV cache.
-    self.steering = WorkerSteering(config, self.model_config.dtype, self.device)
+    self.steering = WorkerSteering(config, self.model_config.dtype, self.device, elsewhere)
     others = [str(point) for point in points if point.kind != "resid_post"]
     logger.info(
         "Steering: %d of %d decoder layers armed%s; %d SAE(s): %s; row bank of %d rows (%d edits a request), %.1f MiB",
-        len(config.layers),
+        len(points) - len(others),
         config.n_layers,
         "" if not others else f", and {', '.join(others)}",
         len(config.saes),
@@ -124,12 +128,9 @@ def _compile_or_warm_up_model(original: Any, self: Any, *args: Any, **kwargs: An
     steering: WorkerSteering | None = runner.steering
     if steering is not None:
         runner.steering_checks = _self_test(runner, steering)
-        others = len(runner.steering_checks) - len(steering.config.layers)
-        logger.info(
-            "Steering self-test passed at %d layers%s",
-            len(steering.config.layers),
-            f" and {others} other sites" if others else "",
-        )
+        layers = sum(HookPoint.parse(check.site).kind == "resid_post" for check in runner.steering_checks)
+        others = len(runner.steering_checks) - layers
+        logger.info("Steering self-test passed at %d layers%s", layers, f" and {others} other sites" if others else "")
     return result
 
 
@@ -191,7 +192,10 @@ def _self_test(runner: Any, steering: WorkerSteering) -> list[SiteCheck]:
 
 @torch.inference_mode()
 def _run_tokens(runner: Any, tokens: int, compiled: bool) -> torch.Tensor:
-    """The model's output [tokens, d_model] for `tokens` copies of one token that do not see each other."""
+    """What the model, or this stage of it, returns for `tokens` copies of one token that do not see each other.
+
+    [tokens, d_model].
+    """
     from vllm.forward_context import set_forward_context
 
     positions = torch.zeros(tokens, dtype=torch.int64, device=runner.device)
@@ -210,13 +214,13 @@ def _run_tokens(runner: Any, tokens: int, compiled: bool) -> torch.Tensor:
             output = runner.get_model()(
                 input_ids=torch.ones(tokens, dtype=torch.int32, device=runner.device),
                 positions=positions,
-                intermediate_tensors=None,
+                intermediate_tensors=stage_input(runner.get_model(), tokens, runner.model_config.dtype, runner.device),
                 inputs_embeds=None,
             )
     finally:
         for impl in attention:
             del impl.forward
-    return output[0] if isinstance(output, tuple) else output
+    return stage_output(output)
 
 
 def _no_attention(*args: Any, output: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
