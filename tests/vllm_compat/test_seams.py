@@ -24,6 +24,8 @@ SEAMS = [
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "_update_states"),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "_model_forward"),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "sample_tokens"),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "execute_model"),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "sync_and_gather_intermediate_tensors"),
     ("vllm.v1.worker.cpu_model_runner", "CPUModelRunner", "load_model"),
     ("vllm.v1.worker.gpu_worker", "Worker", "compile_or_warm_up_model"),
     ("vllm.v1.worker.cpu_worker", "CPUWorker", "compile_or_warm_up_model"),
@@ -124,3 +126,21 @@ def test_a_request_that_was_not_admitted_does_not_reach_the_engine():
     request = EngineCoreRequest("r", [1], None, params, None, 0.0, None, None, None, external_req_id="r")
     with pytest.raises(ValueError, match="was not admitted"):
         OutputProcessor(None, log_stats=False).add_request(request, None)
+
+
+def test_rejected_drafts_are_not_counted():
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    from steer_server.engine.vllm_compat.engine_core import _without_rejected
+
+    step = SchedulerOutput.make_empty()
+    step.scheduled_spec_decode_tokens = {"three of four": [5, 6, 7, 8], "none": [5, 6], "all": [5, 6]}
+    output = ModelRunnerOutput(
+        ["plain", "three of four", "none", "all"],
+        {"plain": 0, "three of four": 1, "none": 2, "all": 3},
+        sampled_token_ids=[[1], [5, 6, 7, 1], [1], [5, 6, 1]],
+    )
+    spans = {"plain": (9, 12), "three of four": (20, 25), "none": (20, 23), "all": (20, 23)}
+    kept = {name: _without_rejected(span, name, step, output) for name, span in spans.items()}
+    assert kept == {"plain": (9, 12), "three of four": (20, 24), "none": (20, 21), "all": (20, 23)}
