@@ -119,7 +119,7 @@ def test_the_v2_runner_is_told_what_to_set(create, monkeypatch):
 def test_what_only_the_v1_runner_does_is_refused_on_the_v2_runner(create, options, monkeypatch):
     vllm_config = create(**options)
     monkeypatch.setattr(type(vllm_config), "use_v2_model_runner", property(lambda self: True))
-    with pytest.raises(ConfigError, match="on the V2 model runner. Set VLLM_USE_V2_MODEL_RUNNER=0"):
+    with pytest.raises(ConfigError, match=r"on the V2 model runner\. Set VLLM_USE_V2_MODEL_RUNNER=0"):
         refuse_unsupported(vllm_config)
 
 
