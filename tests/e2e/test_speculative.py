@@ -5,15 +5,18 @@ from vllm.v1.metrics.reader import Counter
 
 from tests.e2e import engines
 from tests.e2e.random_cases import compare_all, start
+from tests.e2e.tiny_models import random_eagle
 
 pytestmark = pytest.mark.engine
 
 
-@pytest.mark.parametrize("method", ["ngram", "draft_model"])
-def test_drafts(method, random_model, random_saes, random_oracle, random_specs):
+@pytest.mark.parametrize("method", ["ngram", "draft_model", "eagle"])
+def test_drafts(method, random_model, random_saes, random_oracle, random_specs, tmp_path):
     drafting = {"method": method, "num_speculative_tokens": 3}
     if method == "ngram":
         drafting |= {"prompt_lookup_min": 1, "prompt_lookup_max": 2}
+    elif method == "eagle":
+        drafting |= {"model": str(random_eagle(tmp_path, random_model))}
     else:
         # Itself, unsteered: right where nothing is steered, wrong more often where something is.
         drafting |= {"model": str(random_model)}

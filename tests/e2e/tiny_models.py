@@ -79,3 +79,20 @@ def random_adapter(folder: Path, model: Path, seed: int, rank: int = 8) -> tuple
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     merged.save_pretrained(folder / "merged")
     return adapter, folder / "merged"
+
+
+def random_eagle(folder: Path, model: Path) -> Path:
+    """An EAGLE head for a random Llama: the model's first layer, behind a projection that keeps the token's embedding."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(model / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    d_model = embedding.shape[1]
+    first = {name.removeprefix("model."): tensor for name, tensor in weights.items() if ".layers.0." in name}
+    first.pop("layers.0.input_layernorm.weight")
+    projection = torch.cat([torch.eye(d_model), torch.zeros(d_model, d_model)], dim=1)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(first | {"fc.weight": projection}, folder / "model.safetensors")
+    config = json.loads((model / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    return folder

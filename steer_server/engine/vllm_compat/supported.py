@@ -7,7 +7,7 @@ from typing import Any
 
 from steer_server.engine.config import ConfigError, ModelFacts
 
-DRAFTING = ("ngram", "draft_model")
+DRAFTING = ("ngram", "draft_model", "eagle")
 """Methods of speculative decoding under which answers and receipts were compared with those without it.
 
 Whatever drafts, the steered model decides: it computes each drafted token with its edits and keeps those that it would
