@@ -23,14 +23,6 @@ def two_workers():
     os.environ.update({"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"})
 
 
-def test_every_spec_moves_the_model(random_oracle, random_specs):
-    """Otherwise agreement with the oracle would prove nothing."""
-    for name, spec in random_specs.items():
-        tokens = prompt(7)
-        steered, plain = (random_oracle.logprobs(tokens, len(tokens) - 4, s) for s in (spec, None))
-        assert (steered - plain).abs().max() > 100 * TOLERANCE, name
-
-
 @pytest.fixture(scope="module")
 def adapters(random_model, random_saes, tmp_path_factory):
     """Two LoRA adapters: (what vLLM is asked for, the oracle of the model with it merged in)."""
@@ -39,6 +31,17 @@ def adapters(random_model, random_saes, tmp_path_factory):
         adapter, merged = random_adapter(tmp_path_factory.mktemp("lora"), random_model, seed=number)
         made.append((LoRARequest(f"adapter-{number}", number, str(adapter)), Oracle(merged, random_saes)))
     return made
+
+
+def test_every_spec_and_adapter_moves_the_model(random_oracle, random_specs, adapters):
+    """Otherwise agreement with the oracle would prove nothing."""
+    tokens = prompt(7)
+    plain = random_oracle.logprobs(tokens, len(tokens) - 4)
+    for name, spec in random_specs.items():
+        assert (random_oracle.logprobs(tokens, len(tokens) - 4, spec) - plain).abs().max() > 100 * TOLERANCE, name
+    first, second = (oracle.logprobs(tokens, len(tokens) - 4) for _, oracle in adapters)
+    for one, other in ((first, plain), (second, plain), (first, second)):
+        assert (one - other).abs().max() > 100 * TOLERANCE
 
 
 def test_tensor_parallel_and_adapters(random_model, random_saes, random_oracle, random_specs, adapters, two_workers):

@@ -76,11 +76,13 @@ def test_names_that_are_used_without_being_replaced():
     from vllm.forward_context import set_forward_context
     from vllm.outputs import RequestOutput
     from vllm.sampling_params import SamplingParams
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.engine import EngineCoreOutput, FinishReason
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
     from vllm.v1.worker.gpu_input_batch import InputBatch
     from vllm.v1.worker.gpu_model_runner import AsyncGPUModelRunnerOutput
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
     from vllm.v1.worker.worker_base import WorkerBase
 
     assert "skip_compiled" in inspect.signature(set_forward_context).parameters
@@ -90,6 +92,10 @@ def test_names_that_are_used_without_being_replaced():
     assert "_model_runner_output" in inspect.getsource(AsyncGPUModelRunnerOutput.__init__)
     assert "num_computed_tokens_cpu" in inspect.getsource(InputBatch)
     assert "num_prompt_tokens" in inspect.getsource(Request.__init__)
+    no_adapters = inspect.signature(LoRAModelRunnerMixin._set_active_loras)
+    assert list(no_adapters.parameters)[1:4] == ["prompt_lora_mapping", "token_lora_mapping", "lora_requests"]
+    assert "scheduled_spec_decode_tokens" in SchedulerOutput.__dataclass_fields__
+    assert {"req_id_to_index", "sampled_token_ids"} <= set(ModelRunnerOutput.__dataclass_fields__)
     # Attributes of our own are set on these.
     for holder in (ModelRunnerOutput([], {}), RequestOutput("r", None, None, None, [], True)):
         holder.steering_probe = 1

@@ -201,6 +201,9 @@ def _run_tokens(runner: Any, tokens: int, compiled: bool) -> torch.Tensor:
     positions = torch.zeros(tokens, dtype=torch.int64, device=runner.device)
     if runner.uses_mrope:
         positions = positions.expand(3, -1)
+    if runner.lora_config is not None:
+        # No adapter: else layers take the mapping of whatever ran last, if any did.
+        runner._set_active_loras((0,) * tokens, (0,) * tokens, set())
     attention = [
         layer.impl
         for layer in runner.compilation_config.static_forward_context.values()
