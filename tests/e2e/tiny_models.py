@@ -82,7 +82,7 @@ def random_adapter(folder: Path, model: Path, seed: int, rank: int = 8) -> tuple
 
 
 def random_eagle(folder: Path, model: Path) -> Path:
-    """An EAGLE head for a random Llama: the model's first layer, behind a projection that keeps the token's embedding."""
+    """An EAGLE head for a random Llama: the model's first layer behind a projection that keeps the embedding."""
     from safetensors.torch import load_file, save_file
 
     weights = load_file(model / "model.safetensors")
