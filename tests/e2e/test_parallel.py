@@ -45,10 +45,9 @@ def test_every_spec_and_adapter_moves_the_model(random_oracle, random_specs, ada
 
 
 def test_tensor_parallel_and_adapters(random_model, random_saes, random_oracle, random_specs, adapters, two_workers):
-    llm = start(
-        random_model, random_saes, tensor_parallel_size=2, enforce_eager=True, enable_lora=True, max_lora_rank=8,
-        max_loras=2,
-    )  # fmt: skip
+    # A place more than adapters: vLLM 0.32's CPU kernels give a token without one, beside others, the last place's.
+    lora = {"enable_lora": True, "max_lora_rank": 8, "max_loras": len(adapters) + 1}
+    llm = start(random_model, random_saes, tensor_parallel_size=2, enforce_eager=True, **lora)
     try:
         one, other = llm.collective_rpc("steering_self_test")
         assert [check["site"] for check in one] == [check["site"] for check in other]
