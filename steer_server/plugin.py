@@ -18,6 +18,7 @@ def register() -> None:
         engine_core,
         frontend,
         openai_serving,
+        pipeline,
         runner_v1,
         runner_v2,
         worker_methods,
@@ -29,6 +30,7 @@ def register() -> None:
     engine_core.install()
     runner_v1.install()
     runner_v2.install()
+    pipeline.install()
     worker_methods.install()
 
 

@@ -44,7 +44,7 @@ def capabilities(
         },
         "self_test": {
             "workers": len(checks),
-            "layers": sorted({check["layer"] for check in checks[0]}),
+            "layers": sorted({check["layer"] for worker in checks for check in worker}),
             "passed": all(check["passed"] for worker in checks for check in worker),
         },
     }

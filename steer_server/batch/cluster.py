@@ -16,12 +16,18 @@ class Cluster:
 
 
 TENSOR_PARALLEL = ("--tensor-parallel-size", "-tp")
+PIPELINE_PARALLEL = ("--pipeline-parallel-size", "-pp")
 
 
 def gpus_per_replica(flags: list[str]) -> int:
-    """That one engine takes, by vLLM's flags: as many as tensor parallel ranks."""
+    """That one engine takes, by vLLM's flags: as many as it has tensor-parallel ranks in all its pipeline stages."""
+    return _count(flags, TENSOR_PARALLEL) * _count(flags, PIPELINE_PARALLEL)
+
+
+def _count(flags: list[str], names: tuple[str, ...]) -> int:
+    """The value of the flag that has one of `names`, 1 where it is not given."""
     for i, flag in enumerate(flags):
         name, separator, value = flag.partition("=")
-        if name.replace("_", "-") in TENSOR_PARALLEL:
+        if name.replace("_", "-") in names:
             return int(value if separator else flags[i + 1])
     return 1

@@ -32,7 +32,7 @@ class Observation:
 
     before, after: the stream [tokens, d_model] around each site's op, as the model's own code sees it; None where the
     model is compiled and cannot be watched, or never came by. in_two_parts: where the stream is the sum of two tensors.
-    final: what the model returned.
+    final: what the model returned [tokens, d_model]; of a pipeline stage, the stream that it hands on.
     """
 
     before: list[torch.Tensor | None]
@@ -187,6 +187,8 @@ def run_self_test(sites: Sequence[str], dtype: torch.dtype, run: RunTokens, comp
     Where the stream is the sum of two tensors, adding to the one or the other must be the same to the model.
     dtype: of the model. Raises SelfTestError naming the sites that fail.
     """
+    if not sites:
+        return []
     layout = _Layout(sites)
     bind_sites(())
     try:

@@ -24,7 +24,7 @@ from steer_kernels.apply_edits import (
 )
 from steer_kernels.triton_devices import runs_triton
 from steer_server.catalog import open_catalog
-from steer_server.engine.config import SteeringConfig
+from steer_server.engine.config import ConfigError, SteeringConfig
 from steer_server.engine.row_bank import Row, RowBank
 from steer_server.plan import DecoderRow, EncoderRow, InlineRow, Plan, RowRef
 
@@ -36,7 +36,7 @@ class StepReport:
     """What one forward did.
 
     spans: positions [start, end) computed with their edits, by request. missing_sites: sites that had work in this
-    forward and did not do it.
+    forward and did not do it, here or on an earlier pipeline stage.
     """
 
     spans: dict[str, tuple[int, int]]
@@ -78,13 +78,27 @@ class _Edits:
 
 
 class WorkerSteering:
-    """The row bank, the sites and the requests of one worker."""
+    """The row bank, the sites and the requests of one worker.
 
-    def __init__(self, config: SteeringConfig, dtype: torch.dtype, device: torch.device) -> None:
+    config: its `sites` are those of this worker. elsewhere: those of other pipeline stages, whose edits are theirs.
+    Raises ConfigError for an SAE that reads on one stage and writes on another.
+    """
+
+    def __init__(
+        self,
+        config: SteeringConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        elsewhere: frozenset[str] = frozenset(),
+    ) -> None:
         self.config = config
-        self._saes: dict[str, SAE] = open_catalog(config.saes, config.d_model, config.layers).by_hash()
+        self._elsewhere = elsewhere
+        catalog = open_catalog(config.saes, config.d_model, config.layers)
+        for name, sae in catalog.saes.items():
+            _refuse_across_stages(name, sae, elsewhere)
+        self._saes: dict[str, SAE] = catalog.by_hash()
         self.bank = RowBank(config.rows, config.d_model, dtype, device)
-        self.encoders, self._encoder_index = _encoders(self._saes, device)
+        self.encoders, self._encoder_index = _encoders(self._saes, config.sites, device)
         self.table = StepTable(self.bank.rows, len(config.sites), self.encoders) if runs_triton(device) else None
         """Where the device runs Triton's kernels: the edits that they apply."""
         self.sites: list[Site] = [Site() for _ in config.sites]
@@ -99,6 +113,8 @@ class WorkerSteering:
         self._touched: set[int] = set()
         """Those, and the sites that they read."""
         self._spans: dict[str, tuple[int, int]] = {}
+        self.missing_before: list[str] = []
+        """Sites of earlier pipeline stages that had work in the forward at hand and did not do it."""
         self._report: StepReport | None = None
 
     @property
@@ -133,7 +149,8 @@ class WorkerSteering:
         return taken
 
     def add_request(self, request_id: str, plan: Plan, prompt_len: int) -> None:
-        self._requests[request_id] = _Request(plan, prompt_len, plan.row_refs())
+        mine = plan.without(self._elsewhere)
+        self._requests[request_id] = _Request(mine, prompt_len, mine.row_refs())
 
     def remove_request(self, request_id: str) -> None:
         """Forget a finished request; its rows leave with the batch that it is no longer part of."""
@@ -167,7 +184,7 @@ class WorkerSteering:
         """Disarm the sites: whatever vLLM runs between steps (warm-up, dummy batches) is not steered."""
         bind_sites(())
         missing = [self.config.sites[i] for i in self._active if self.sites[i].runs != 1]
-        self._report = StepReport(self._spans, missing) if self._spans else None
+        self._report = StepReport(self._spans, [*self.missing_before, *missing]) if self._spans else None
 
     def take_report(self) -> StepReport | None:
         """What the last forward did, once; None where it held no steered request."""
@@ -296,13 +313,24 @@ class WorkerSteering:
         return Row(rows.encoder, rows.bias, rows.threshold)
 
 
-def _encoders(saes: dict[str, SAE], device: torch.device) -> tuple[list[TopKEncoder], dict[str, int]]:
-    """The whole encoders of the SAEs whose features are compared with each other, which alone need them, and their
-    numbers by SHA-256."""
+def _refuse_across_stages(name: str, sae: SAE, elsewhere: frozenset[str]) -> None:
+    for read, write in zip(map(str, sae.hook_points), map(str, sae.hook_points_out), strict=True):
+        if (read in elsewhere) != (write in elsewhere):
+            raise ConfigError(
+                f"SAE {name!r} reads at {read} and writes at {write}, which are on different pipeline stages. Leave it "
+                "out, or move the boundary between the stages with VLLM_PP_LAYER_PARTITION"
+            )
+
+
+def _encoders(
+    saes: dict[str, SAE], sites: Collection[str], device: torch.device
+) -> tuple[list[TopKEncoder], dict[str, int]]:
+    """The whole encoders of the SAEs at `sites` whose features are compared with each other, which alone need them, and
+    their numbers by SHA-256."""
     encoders: list[TopKEncoder] = []
     index: dict[str, int] = {}
     for sha256, sae in saes.items():
-        if sae.selection is not None:
+        if sae.selection is not None and any(str(point) in sites for point in sae.hook_points):
             index[sha256] = len(encoders)
             encoders.append(encoder_of(sae, device))
     return encoders, index

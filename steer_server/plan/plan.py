@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from typing import Literal
 
 import msgspec
@@ -106,6 +107,14 @@ class Plan(msgspec.Struct, frozen=True, array_like=True):
         # Inline rows are named by their hashes in `edits`, SAEs likewise: the edits say it all.
         digest = hashlib.sha256(msgspec.msgpack.encode(("steering plan 2", ordered, preserve_norm)))
         return Plan(ordered, rows, preserve_norm, f"sha256:{digest.hexdigest()}")
+
+    def without(self, sites: Collection[str]) -> Plan:
+        """The part that is not written at `sites`."""
+        if not any(edit.site in sites for edit in self.edits):
+            return self
+        part = msgspec.structs.replace(self, edits=tuple(edit for edit in self.edits if edit.site not in sites))
+        inline = {ref.sha256 for ref in part.row_refs() if isinstance(ref, InlineRow)}
+        return msgspec.structs.replace(part, rows={sha256: self.rows[sha256] for sha256 in inline})
 
     def row_refs(self) -> frozenset[RowRef]:
         """The distinct rows that the plan needs in the bank."""

@@ -68,3 +68,4 @@ def test_gpus_of_a_replica():
     assert gpus_per_replica([]) == 1
     assert gpus_per_replica(["--dtype", "half", "-tp", "2"]) == 2
     assert gpus_per_replica(["--tensor-parallel-size=4"]) == 4
+    assert gpus_per_replica(["-pp", "3", "--tensor-parallel-size=4"]) == 12

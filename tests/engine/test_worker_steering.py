@@ -1,14 +1,17 @@
 """Step tables: whatever vLLM schedules, each token gets its own request's edits, as the definition says."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sae_models import HookPoint
 from steer_kernels.apply_edits import apply_edits
 from steer_server.engine.admission import Admission
-from steer_server.engine.config import ModelFacts, parse_options, resolve_config
+from steer_server.engine.config import ConfigError, ModelFacts, parse_options, resolve_config
 from steer_server.engine.worker import WorkerSteering
 from tests.e2e.saes import every_kind
 from tests.kernels.conftest import INTERPRETED
@@ -322,3 +325,48 @@ def test_any_armed_site_can_be_captured(config):
         assert torch.equal(captured, streams[config.sites.index(site)][:3])
     with pytest.raises(ValueError, match=r"blocks\.3\.hook_attn_out cannot be captured; armed: blocks\.0"):
         worker.capture(["blocks.3.hook_attn_out"])
+
+
+def stage_of(config, layers):
+    """The worker of the pipeline stage that holds `layers`."""
+    here = tuple(site for site in config.sites if HookPoint.parse(site).layer in layers)
+    elsewhere = frozenset(config.sites) - frozenset(here)
+    return WorkerSteering(replace(config, sites=here), torch.float32, torch.device("cpu"), elsewhere)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_pipeline_stages_do_together_what_one_worker_does(config, spec):
+    """Each with the rows and encoders of its own sites only."""
+    plan = Admission(config).admit(SPECS[spec]).plan
+    whole = stage_of(config, range(LAYERS))
+    streams = torch.randn(len(config.sites), 6, D_MODEL)
+    edited = dict(zip(config.sites, streams, strict=True))
+    expected = {site: stream.clone() for site, stream in edited.items()}
+    stages = [stage_of(config, range(5)), stage_of(config, range(5, LAYERS))]
+    for worker, held in ((whole, expected), *((stage, edited) for stage in stages)):
+        worker.add_request("a", plan, prompt_len=3)
+        worker.begin_step(["a"], np.array([0]), np.array([6]))
+        for number, site in enumerate(worker.config.sites):
+            apply_edits(held[site], None, number)
+        worker.end_step()
+        report = worker.take_report()
+        assert (report.spans, report.missing_sites) == ({"a": (0, 6)}, [])
+    assert all(torch.equal(edited[site], expected[site]) for site in config.sites)
+    assert max(len(stage.bank) for stage in stages) <= len(whole.bank) <= sum(len(stage.bank) for stage in stages)
+    assert sum(len(stage.encoders) for stage in stages) == len(whole.encoders)
+    assert all(len(stage.encoders) < len(whole.encoders) for stage in stages)
+
+
+def test_what_an_earlier_stage_missed_is_in_the_last_ones_report(config):
+    stage = stage_of(config, range(5, LAYERS))
+    stage.add_request("a", Admission(config).admit(SPECS["vectors"]).plan, prompt_len=3)
+    stage.missing_before = ["blocks.2.hook_resid_post"]
+    stage.begin_step(["a"], np.array([0]), np.array([3]))
+    stage.end_step()
+    assert stage.take_report().missing_sites == ["blocks.2.hook_resid_post"]
+
+
+def test_an_sae_that_reads_on_one_stage_and_writes_on_another_is_refused(config):
+    elsewhere = frozenset({"blocks.5.hook_mlp_out"})
+    with pytest.raises(ConfigError, match=r"'kind/transcoder' reads at blocks.5.mlp.hook_in and writes .*PARTITION"):
+        WorkerSteering(config, torch.float32, torch.device("cpu"), elsewhere)

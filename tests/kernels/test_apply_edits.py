@@ -306,9 +306,11 @@ SELECTIONS = {
 
 @pytest.mark.parametrize("norm", list(TokenNorm), ids=lambda norm: norm.name)
 @pytest.mark.parametrize("selection", SELECTIONS)
-@pytest.mark.parametrize("tokens", [5, 17] if INTERPRETED else [1, 5, 40])
+@pytest.mark.parametrize("tokens", [17] if INTERPRETED else [1, 5, 40])
 def test_selections_match_the_definition(form, selection, norm, tokens):
     """Every feature, on one token and on spans; without a token norm, which rounds, most ranks are ties of integers."""
+    if INTERPRETED and form == "rows":
+        tokens = 3
     torch.manual_seed(tokens)
     options = dict(SELECTIONS[selection])
     d_model, d_sae, groups = 10, 48, options.get("groups", 1)

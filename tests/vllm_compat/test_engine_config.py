@@ -11,6 +11,8 @@ from steer_server.plugin import register
 from tests.e2e.tiny_models import GPT2, LLAMA, tiny
 from tests.sae_models.build import build_sae
 
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2}
+
 
 @pytest.fixture(scope="module")
 def create(tmp_path_factory):
@@ -73,8 +75,9 @@ def test_an_unarmed_configuration_has_another_key(create):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"pipeline_parallel_size": 2}, "--tensor-parallel-size"),
-        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "--speculative-config"),
+        ({"pipeline_parallel_size": 2, "distributed_executor_backend": "external_launcher"}, "backend mp"),
+        ({"pipeline_parallel_size": 2, "speculative_config": NGRAM}, "pipeline parallelism together with speculative"),
+        ({"speculative_config": NGRAM | {"method": "ngram_gpu"}}, "set its method to ngram or draft_model"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "--kv-transfer-config"),
         ({"steering": {"layers": [3]}}, "decoder layers 0 to 2"),
         ({"steering": {"layer": [1]}}, "Options: layers, saes"),
@@ -111,6 +114,22 @@ def test_cuda_graphs_that_cannot_be_split_at_the_op_are_refused(create):
     vllm_config = create()
     vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
     with pytest.raises(ConfigError, match="VLLM_USE_BREAKABLE_CUDAGRAPH=0"):
+        refuse_unsupported(vllm_config)
+
+
+@pytest.mark.parametrize("options", [{"speculative_config": NGRAM}, {"pipeline_parallel_size": 2}])
+def test_what_only_the_v1_runner_does_is_refused_on_the_v2_runner(create, options, monkeypatch):
+    vllm_config = create(**options)
+    monkeypatch.setattr(type(vllm_config), "use_v2_model_runner", property(lambda self: True))
+    with pytest.raises(ConfigError, match=r"on the V2 model runner\. Set VLLM_USE_V2_MODEL_RUNNER=0"):
+        refuse_unsupported(vllm_config)
+
+
+def test_drafts_under_asynchronous_scheduling_are_refused(create):
+    """vLLM turns it off on the CPU, so it is turned on here."""
+    vllm_config = create(speculative_config=NGRAM)
+    vllm_config.scheduler_config.async_scheduling = True
+    with pytest.raises(ConfigError, match="Add --no-async-scheduling"):
         refuse_unsupported(vllm_config)
 
 

@@ -24,6 +24,8 @@ SEAMS = [
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "_update_states"),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "_model_forward"),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "sample_tokens"),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "execute_model"),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "sync_and_gather_intermediate_tensors"),
     ("vllm.v1.worker.cpu_model_runner", "CPUModelRunner", "load_model"),
     ("vllm.v1.worker.gpu.model_states", None, "resolve_model_state_cls"),
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner", "execute_model"),
@@ -77,11 +79,13 @@ def test_names_that_are_used_without_being_replaced():
     from vllm.forward_context import set_forward_context
     from vllm.outputs import RequestOutput
     from vllm.sampling_params import SamplingParams
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.engine import EngineCoreOutput, FinishReason
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
     from vllm.v1.worker.gpu_input_batch import InputBatch
     from vllm.v1.worker.gpu_model_runner import AsyncGPUModelRunnerOutput
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
     from vllm.v1.worker.worker_base import WorkerBase
 
     assert "skip_compiled" in inspect.signature(set_forward_context).parameters
@@ -91,6 +95,10 @@ def test_names_that_are_used_without_being_replaced():
     assert "_model_runner_output" in inspect.getsource(AsyncGPUModelRunnerOutput.__init__)
     assert "num_computed_tokens_cpu" in inspect.getsource(InputBatch)
     assert "num_prompt_tokens" in inspect.getsource(Request.__init__)
+    no_adapters = inspect.signature(LoRAModelRunnerMixin._set_active_loras)
+    assert list(no_adapters.parameters)[1:4] == ["prompt_lora_mapping", "token_lora_mapping", "lora_requests"]
+    assert "scheduled_spec_decode_tokens" in SchedulerOutput.__dataclass_fields__
+    assert {"req_id_to_index", "sampled_token_ids"} <= set(ModelRunnerOutput.__dataclass_fields__)
     # Attributes of our own are set on these.
     for holder in (ModelRunnerOutput([], {}), RequestOutput("r", None, None, None, [], True)):
         holder.steering_probe = 1
@@ -156,3 +164,21 @@ def test_a_request_that_was_not_admitted_does_not_reach_the_engine():
     request = EngineCoreRequest("r", [1], None, params, None, 0.0, None, None, None, external_req_id="r")
     with pytest.raises(ValueError, match="was not admitted"):
         OutputProcessor(None, log_stats=False).add_request(request, None)
+
+
+def test_rejected_drafts_are_not_counted():
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    from steer_server.engine.vllm_compat.engine_core import _without_rejected
+
+    step = SchedulerOutput.make_empty()
+    step.scheduled_spec_decode_tokens = {"three of four": [5, 6, 7, 8], "none": [5, 6], "all": [5, 6]}
+    output = ModelRunnerOutput(
+        ["plain", "three of four", "none", "all"],
+        {"plain": 0, "three of four": 1, "none": 2, "all": 3},
+        sampled_token_ids=[[1], [5, 6, 7, 1], [1], [5, 6, 1]],
+    )
+    spans = {"plain": (9, 12), "three of four": (20, 25), "none": (20, 23), "all": (20, 23)}
+    kept = {name: _without_rejected(span, name, step, output) for name, span in spans.items()}
+    assert kept == {"plain": (9, 12), "three of four": (20, 24), "none": (20, 21), "all": (20, 23)}

@@ -5,7 +5,7 @@ A runner of either version has what it serves as `armed`: an ArmedModel, or None
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from sae_models import HookPoint
 from steer_server.engine.vllm_compat.decoder_layers import Place, find_decoder_layers, find_places
 from steer_server.engine.vllm_compat.engine_config import steering_config
 from steer_server.engine.vllm_compat.engine_core import wire_plan
+from steer_server.engine.vllm_compat.pipeline import sites_elsewhere
 from steer_server.engine.worker import WorkerSteering
 from steer_server.plan import decode_plan
 
@@ -46,15 +47,17 @@ def arm(vllm_config: Any, model: torch.nn.Module, device: torch.device) -> Armed
     if config is None:
         return None
     layers = find_decoder_layers(model, config.n_layers)
+    elsewhere = sites_elsewhere(config.sites, layers)
+    config = replace(config, sites=tuple(site for site in config.sites if site not in elsewhere))
     points = [HookPoint.parse(site) for site in config.sites]
     places = find_places(layers, points, config.d_model)
     for site, place in enumerate(places):
         place.arm(site)
-    steering = WorkerSteering(config, vllm_config.model_config.dtype, device)
+    steering = WorkerSteering(config, vllm_config.model_config.dtype, device, elsewhere)
     others = [str(point) for point in points if point.kind != "resid_post"]
     logger.info(
         "Steering: %d of %d decoder layers armed%s; %d SAE(s): %s; row bank of %d rows (%d edits a request), %.1f MiB",
-        len(config.layers),
+        len(points) - len(others),
         config.n_layers,
         "" if not others else f", and {', '.join(others)}",
         len(config.saes),

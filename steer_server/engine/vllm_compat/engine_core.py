@@ -67,7 +67,7 @@ def _update_from_output(original: Any, self: Any, scheduler_output: Any, model_r
         request = reported[request_id]
         if request is not None:
             spans, missing = request.__dict__.setdefault("_steering_reports", ([], []))
-            spans.append(span)
+            spans.append(_without_rejected(span, request_id, scheduler_output, model_runner_output))
             missing.extend(report.missing_sites)
     outputs = original(self, scheduler_output, model_runner_output)
     for client_outputs in outputs.values():
@@ -77,3 +77,16 @@ def _update_from_output(original: Any, self: Any, scheduler_output: Any, model_r
                 # The only field of an output that takes a dict and that no one else sets on these requests.
                 output.kv_transfer_params = {**(output.kv_transfer_params or {}), TAG: waiting}
     return outputs
+
+
+def _without_rejected(
+    span: tuple[int, int], request_id: str, scheduler_output: Any, model_runner_output: Any
+) -> tuple[int, int]:
+    """The positions of `span` that stay: those of drafted tokens that the model rejected are computed again."""
+    drafted = scheduler_output.scheduled_spec_decode_tokens.get(request_id)
+    if not drafted:
+        return span
+    sampled = model_runner_output.sampled_token_ids[model_runner_output.req_id_to_index[request_id]]
+    # Each accepted draft is sampled again, and one token after the last of them.
+    rejected = len(drafted) + 1 - max(len(sampled), 1)
+    return span[0], span[1] - rejected

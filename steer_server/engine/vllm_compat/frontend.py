@@ -93,6 +93,7 @@ def _add_request(original: Any, self: Any, request: Any, *args: Any, **kwargs: A
     if wire is not None:
         state = self.request_states[request.request_id]
         state.steering = wire.admitted.start_sequence(state.prompt_len)
+        state.steering_output_processor = self
 
 
 def _process_outputs(original: Any, self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -104,7 +105,12 @@ def _process_outputs(original: Any, self: Any, engine_core_outputs: Any, *args: 
             state = self.request_states.get(output.request_id)
             if state is not None:
                 state.steering.add_report(spans, missing)
-    return original(self, engine_core_outputs, *args, **kwargs)
+    processed = original(self, engine_core_outputs, *args, **kwargs)
+    # Only now: a failed request that vLLM has not taken leave of would keep the next call waiting.
+    failures = self.__dict__.pop("_steering_failures", None)
+    if failures:
+        raise failures[0]
+    return processed
 
 
 def _make_request_output(
@@ -123,8 +129,10 @@ def _make_request_output(
     except NotAppliedError as error:
         failure = SteeringNotAppliedError(error)
         if self.queue is None:
-            raise failure from error
-        self.queue.put(failure)
+            # Offline, where whoever asked calls `_process_outputs`.
+            self.steering_output_processor.__dict__.setdefault("_steering_failures", []).append(failure)
+        else:
+            self.queue.put(failure)
         return None
     output = original(self, new_token_ids, pooling_output, finish_reason, *args, **kwargs)
     if output is not None and output.finished:

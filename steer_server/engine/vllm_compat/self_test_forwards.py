@@ -8,6 +8,7 @@ import torch
 
 from steer_server.engine.self_test import Observation, SiteCheck, run_self_test
 from steer_server.engine.vllm_compat.decoder_layers import Observe
+from steer_server.engine.vllm_compat.pipeline import stage_input, stage_output
 
 
 def check_sites(runner: Any) -> list[SiteCheck]:
@@ -56,12 +57,18 @@ def check_sites(runner: Any) -> list[SiteCheck]:
 
 @torch.inference_mode()
 def _run_tokens(runner: Any, tokens: int, compiled: bool) -> torch.Tensor:
-    """The model's output [tokens, d_model] for `tokens` copies of one token that do not see each other."""
+    """What the model, or this stage of it, returns for `tokens` copies of one token that do not see each other.
+
+    [tokens, d_model].
+    """
     from vllm.forward_context import set_forward_context
 
     positions = torch.zeros(tokens, dtype=torch.int64, device=runner.device)
     if runner.model_config.uses_mrope:
         positions = positions.expand(3, -1)
+    if runner.lora_config is not None:
+        # No adapter: else layers take the mapping of whatever ran last, if any did.
+        runner._set_active_loras((0,) * tokens, (0,) * tokens, set())
     attention = [
         layer.impl
         for layer in runner.compilation_config.static_forward_context.values()
@@ -75,13 +82,13 @@ def _run_tokens(runner: Any, tokens: int, compiled: bool) -> torch.Tensor:
             output = runner.get_model()(
                 input_ids=torch.ones(tokens, dtype=torch.int32, device=runner.device),
                 positions=positions,
-                intermediate_tensors=None,
+                intermediate_tensors=stage_input(runner.get_model(), tokens, runner.model_config.dtype, runner.device),
                 inputs_embeds=None,
             )
     finally:
         for impl in attention:
             del impl.forward
-    return output[0] if isinstance(output, tuple) else output
+    return stage_output(output)
 
 
 def _no_attention(*args: Any, output: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:

@@ -7,6 +7,13 @@ from typing import Any
 
 from steer_server.engine.config import ConfigError, ModelFacts
 
+DRAFTING = ("ngram", "draft_model", "eagle")
+"""Methods of speculative decoding under which answers and receipts were compared with those without it.
+
+Whatever drafts, the steered model decides: it computes each drafted token with its edits and keeps those that it would
+have sampled. The drafting model is neither armed nor steered.
+"""
+
 
 def is_steerable(vllm_config: Any) -> bool:
     """Whether this engine generates text at all; pooling models have nothing to steer."""
@@ -17,10 +24,31 @@ def is_steerable(vllm_config: Any) -> bool:
 def refuse_unsupported(vllm_config: Any) -> None:
     """Raise ConfigError where this engine's configuration would make steering inexact."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    speculative, staged = vllm_config.speculative_config, parallel.pipeline_parallel_size > 1
     refusals = [
+        (
+            vllm_config.use_v2_model_runner and (staged or speculative is not None),
+            "pipeline parallelism and speculative decoding on the V2 model runner. Set VLLM_USE_V2_MODEL_RUNNER=0",
+        ),
         (os.environ.get("VLLM_USE_RUST_FRONTEND") == "1", "the Rust front end. Unset VLLM_USE_RUST_FRONTEND"),
-        (vllm_config.speculative_config is not None, "speculative decoding. Leave out --speculative-config"),
-        (parallel.pipeline_parallel_size > 1, "pipeline parallelism. Use --tensor-parallel-size instead"),
+        (
+            speculative is not None and speculative.method not in DRAFTING,
+            "this kind of speculative decoding, which was not tested. Leave out --speculative-config, or set its "
+            f"method to {' or '.join(DRAFTING)}",
+        ),
+        (
+            speculative is not None and vllm_config.scheduler_config.async_scheduling,
+            # There the worker takes all drafts for accepted until the forward behind them has begun.
+            "speculative decoding under asynchronous scheduling. Add --no-async-scheduling",
+        ),
+        (
+            staged and parallel.distributed_executor_backend != "mp",
+            "pipeline parallelism over anything but vLLM's own processes. Use --distributed-executor-backend mp",
+        ),
+        (
+            staged and speculative is not None,
+            "pipeline parallelism together with speculative decoding. Leave out --speculative-config",
+        ),
         (getattr(parallel, "prefill_context_parallel_size", 1) > 1, "prefill context parallelism"),
         (getattr(parallel, "use_ubatching", False), "dual-batch overlap. Leave out --enable-dbo"),
         (vllm_config.kv_transfer_config is not None, "KV connectors. Leave out --kv-transfer-config"),

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
+from sae_models import HookPoint
 from steer_server.engine.self_test import SiteCheck
 from steer_server.engine.vllm_compat.patching import when_imported, wrap
 from steer_server.engine.vllm_compat.self_test_forwards import check_sites
@@ -37,15 +38,11 @@ def _install_worker_base(module: ModuleType) -> None:
 
 def _compile_or_warm_up_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     result = original(self, *args, **kwargs)
-    armed = self.model_runner.armed
-    if armed is not None:
+    if self.model_runner.armed is not None:
         self.steering_checks = check_sites(self.model_runner)
-        others = len(self.steering_checks) - len(armed.steering.config.layers)
-        logger.info(
-            "Steering self-test passed at %d layers%s",
-            len(armed.steering.config.layers),
-            f" and {others} other sites" if others else "",
-        )
+        layers = sum(HookPoint.parse(check.site).kind == "resid_post" for check in self.steering_checks)
+        others = len(self.steering_checks) - layers
+        logger.info("Steering self-test passed at %d layers%s", layers, f" and {others} other sites" if others else "")
     return result
 
 
