@@ -276,6 +276,23 @@ def test_a_full_disk(server, tmp_path):
         assert_same(results(output), online(server, rows))
 
 
+def test_a_read_only_output(server, tmp_path):
+    """Of a new job, and of one that has a row to go."""
+    rows = [row(i) for i in range(3)]
+    source = write_lines(tmp_path / "in.jsonl", map(json.dumps, rows))
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        assert batch("-i", source, "-o", disk / "out.jsonl", "--server", server.url).returncode in (0, 2)
+        write_lines(disk / "out.jsonl", (disk / "out.jsonl").read_text().splitlines()[:-1])
+        before = {path.name: path.read_bytes() for path in disk.iterdir()}
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        for output, flags in (("out.jsonl", ["--resume"]), ("new.jsonl", [])):
+            ran = batch("-i", source, "-o", disk / output, "--server", server.url, *flags)
+            assert ran.returncode == 1
+            assert "Read-only file system" in ran.stderr
+            assert "Traceback" not in ran.stderr
+        assert {path.name: path.read_bytes() for path in disk.iterdir()} == before
+
+
 def test_pipes(server, tmp_path):
     rows = [row(i) for i in range(10)]
     text = "".join(f"{json.dumps(one)}\n" for one in rows)
