@@ -130,13 +130,19 @@ class SAE:
         """(W_enc [d_in, d_sae], b_enc [d_sae]) of the whole SAE, float32, everything folded."""
         W_enc = torch.empty(self.d_in, self.d_sae)
         b_enc = torch.empty(self.d_sae)
-        for features, encoder, bias, _ in self.blocks():
+        for features in self._spans():
+            norm = None
+            if self.weights.activation.rescale_by_decoder_norm:
+                _, norm = self._folded_decoder(self.weights.W_dec.block(features.start, features.stop))
+            w_enc = self.weights.W_enc.block(features.start, features.stop)
+            encoder, bias = self._folded_encoder(features, w_enc, norm)
             W_enc[:, features], b_enc[features] = encoder.T.float(), bias.float()
         return W_enc, b_enc
 
     def decoder(self) -> torch.Tensor:
         """W_dec [d_sae, d_out] of the whole SAE, float32, everything folded."""
-        return torch.cat([decoder.float() for _, _, _, decoder in self.blocks()])
+        blocks = (self.weights.W_dec.block(features.start, features.stop) for features in self._spans())
+        return torch.cat([self._folded_decoder(w_dec)[0].float() for w_dec in blocks])
 
     def thresholds(self) -> torch.Tensor:
         """[d_sae], float32."""
@@ -189,15 +195,34 @@ class SAE:
 
     def blocks(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """(features, encoder [n, d_in], bias [n], decoder [n, d_out]) of all features in turn, float64, folded."""
+        for features in self._spans():
+            w_enc, w_dec = (W.block(features.start, features.stop) for W in (self.weights.W_enc, self.weights.W_dec))
+            yield features, *self._folded(features, w_enc, w_dec)
+
+    def _spans(self) -> Iterator[slice]:
         for start in range(0, self.d_sae, FEATURES_AT_ONCE):
-            stop = min(start + FEATURES_AT_ONCE, self.d_sae)
-            w_enc, w_dec = self.weights.W_enc.block(start, stop), self.weights.W_dec.block(start, stop)
-            yield slice(start, stop), *self._folded(slice(start, stop), w_enc, w_dec)
+            yield slice(start, min(start + FEATURES_AT_ONCE, self.d_sae))
 
     def _folded(
         self, features: slice, w_enc: torch.Tensor, w_dec: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(encoder, bias, decoder) of some features from their stored rows [n, d_in] and [n, d_out], float64."""
+        decoder, norm = self._folded_decoder(w_dec)
+        return *self._folded_encoder(features, w_enc, norm), decoder
+
+    def _folded_decoder(self, w_dec: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(rows, the norms that their encoder rows and biases are multiplied by), of stored rows [n, d_out]."""
+        decoder = self.weights.output_map.linear(w_dec)
+        if not self.weights.activation.rescale_by_decoder_norm:
+            return decoder, None
+        norm = decoder.norm(dim=-1)
+        # A row of zeros stays one; its activation is 0.
+        return decoder / norm.unsqueeze(-1).clamp(min=torch.finfo(norm.dtype).tiny), norm
+
+    def _folded_encoder(
+        self, features: slice, w_enc: torch.Tensor, norm: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows, biases) of stored rows [n, d_in]; norm [n]: of their decoder rows, where they are multiplied by it."""
         weights, activation = self.weights, self.weights.activation
         encoder = weights.input_map.transposed(w_enc)
         offset = weights.input_map.offset(w_enc)
@@ -205,10 +230,6 @@ class SAE:
             gain = activation.gain[features]
             encoder, offset = encoder * gain.unsqueeze(-1), offset * gain
         bias = activation.bias[features] + offset
-        decoder = weights.output_map.linear(w_dec)
-        if activation.rescale_by_decoder_norm:
-            norm = decoder.norm(dim=-1)
-            # A row of zeros stays one; its activation is 0.
-            unit = decoder / norm.unsqueeze(-1).clamp(min=torch.finfo(norm.dtype).tiny)
-            encoder, bias, decoder = encoder * norm.unsqueeze(-1), bias * norm, unit
-        return centred(encoder, self.token_norm), bias, decoder
+        if norm is not None:
+            encoder, bias = encoder * norm.unsqueeze(-1), bias * norm
+        return centred(encoder, self.token_norm), bias
