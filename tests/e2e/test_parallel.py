@@ -94,14 +94,14 @@ def cached_adapters(llm, requests, specs):
 
 def lose_site(worker, site):
     """Runs in every worker: the op at `site` does nothing any more."""
-    steering = worker.model_runner.steering
+    steering = worker.model_runner.armed.steering
     if site in steering.config.sites:
         steering.sites[steering.config.sites.index(site)].apply = lambda hidden, residual: None
 
 
 def find_site(worker, site):
     """Runs in every worker: undo `lose_site`."""
-    steering = worker.model_runner.steering
+    steering = worker.model_runner.armed.steering
     if site in steering.config.sites:
         del steering.sites[steering.config.sites.index(site)].apply
 
