@@ -132,6 +132,16 @@ def test_several_choices(v2, tiny_oracle):
     assert output.steering["applied"][0]["tokens"] == 2 * 11
 
 
+def test_the_triton_kernel_edits_each_token_once(v2):
+    def edited():
+        """Tokens at each of the three layers, as the kernel counted them."""
+        return torch.tensor(v2.collective_rpc(lambda w: w.model_runner.armed.steering.table.edited.tolist())[0])
+
+    before = edited()
+    engines.generate(v2, [prompt(24, 60)], [engines.params(SPECS["add"], max_tokens=5, detokenize=False)])
+    assert (edited() - before).tolist() == [60 + 4, 60 + 4, 0]
+
+
 def test_finished_requests_are_forgotten(v2):
     """A worker of unsteered requests arms nothing."""
     for spec in (SPECS["add"], None):
