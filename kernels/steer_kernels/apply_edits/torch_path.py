@@ -57,6 +57,13 @@ class _Tokens:
         else:
             total.index_add_(0, self.index, delta)
 
+    def add_scaled(self, total: torch.Tensor, rows: torch.Tensor, coefficients: torch.Tensor) -> None:
+        """Add coefficients [P] times rows [P, d_model] to their rows of `total`."""
+        if isinstance(self.index, slice):
+            total[self.index].addcmul_(rows, coefficients.unsqueeze(-1))
+        else:
+            total.index_add_(0, self.index, rows * coefficients.unsqueeze(-1))
+
     def assign(self, hidden: torch.Tensor, values: torch.Tensor) -> None:
         if isinstance(self.index, slice):
             hidden[self.index].copy_(values)
@@ -283,7 +290,7 @@ class _Groups:
             self.constants.tokens.add_to(total, self.constants.delta)
         left = iter(coefficients)
         for pairs in (*self.reads, *(group.pairs for group in self.members)):
-            pairs.tokens.add_to(total, pairs.write * next(left).unsqueeze(-1))
+            pairs.tokens.add_scaled(total, pairs.write, next(left))
         for span in self.spans:
             part = total[span.start : span.stop]
             if span.reads is not None:
