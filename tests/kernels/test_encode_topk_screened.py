@@ -108,12 +108,12 @@ def test_a_screen_is_enough_where_features_stand_out(triton_device, absolute, ei
 
 def test_ties_nearer_than_the_bound_read_the_encoder(triton_device):
     """Equal rows: every feature's ends are the same, so no candidate is surely ahead of what was dropped."""
-    x, W, b = torch.ones(2, 5), torch.ones(300, 5), torch.zeros(300)
+    x, W, b = torch.ones(2, 5), torch.ones(150, 5), torch.zeros(150)
     x[1] = 0.0
     _, uncertain = launch(triton_device, x, W, b, 10, capacity=20)
     assert uncertain.tolist() == [1, 1]
-    candidates, uncertain = launch(triton_device, x, W, b, 10, capacity=300, slots=128)
-    assert candidates.tolist() == [300, 300]
+    candidates, uncertain = launch(triton_device, x, W, b, 10, capacity=150, slots=128)
+    assert candidates.tolist() == [150, 150]
     assert uncertain.tolist() == [0, 0]
 
 

@@ -230,8 +230,8 @@ class ScreenedTopK:
 
 
 def default_capacity(k: int) -> int:
-    """Candidates of a token: eight times k hold what passes an int8 screen of random rows up to d_in = 4096."""
-    return min(MAX_CANDIDATES, triton.cdiv(8 * k, FEATURES) * FEATURES)
+    """Candidates of a token: ten times k hold what int8 leaves of random rows (benchmarks/kernels/screen.py)."""
+    return min(MAX_CANDIDATES, triton.cdiv(10 * k, FEATURES) * FEATURES)
 
 
 def screen_shape(tokens: int, dtype: torch.dtype, backend: str) -> TileShape:
