@@ -83,6 +83,8 @@ class _Response:
     shift: torch.Tensor
     low: torch.Tensor | None
     high: torch.Tensor | None
+    zero: torch.Tensor
+    """0, made once: torch.where makes a tensor of a number in each call."""
 
     @staticmethod
     def of(edits: SiteEdits, device: torch.device) -> _Response:
@@ -95,11 +97,15 @@ class _Response:
             shift=torch.from_numpy(edits.shift).to(device),
             low=column(edits.low, -np.inf),
             high=column(edits.high, np.inf),
+            zero=torch.zeros((), device=device),
         )
 
-    def activation(self, pre: torch.Tensor, index: torch.Tensor | slice = slice(None)) -> torch.Tensor:
-        """f of pre-activations; index: those rows of the group that they are of."""
-        return pre if self.threshold is None else torch.where(pre > self.threshold[index], pre, 0.0)
+    def activation(self, pre: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
+        """f of pre-activations; index: those rows of the group that they are of, None for all."""
+        if self.threshold is None:
+            return pre
+        threshold = self.threshold if index is None else self.threshold[index]
+        return torch.where(pre > threshold, pre, self.zero)
 
     def may_be_on(self, pre: torch.Tensor) -> torch.Tensor:
         """Where f is not zero, whatever the other features are."""
