@@ -77,7 +77,9 @@ class SelfTestError(RuntimeError):
     """Some armed site does not do what it should; the server must not start."""
 
 
-def _site_edits(records: list[dict[str, float]]) -> SiteEdits:
+def site_edits(records: list[dict[str, float]]) -> SiteEdits:
+    """Edit rows from what is said of each; what is left out is 0, no bound, no encoder, the stream itself."""
+
     def column(name: str, dtype: type, neutral: float = 0.0) -> np.ndarray:
         return np.array([record.get(name, neutral) for record in records], dtype=dtype)
 
@@ -173,7 +175,7 @@ class _Rows:
             records[write].append(pair)
         sites = [Site() for _ in range(n)]
         for site, its_records in zip(sites, records, strict=True):
-            site.edits = prepare_edits(_site_edits(its_records), self.rows)
+            site.edits = prepare_edits(site_edits(its_records), self.rows)
             for reads in site.edits.remote:
                 sites[reads.source].reads.append(reads)
         return sites

@@ -18,7 +18,10 @@ KERNELS = ("apply_edits", "encode_topk", "encode_topk_screened", "encode_thresho
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_kernels_in_the_interpreter():
     # One process for all: each would import torch and Triton anew.
-    tests = [f"tests/kernels/test_{kernel}.py" for kernel in KERNELS] + ["tests/engine/test_worker_steering.py"]
+    tests = [f"tests/kernels/test_{kernel}.py" for kernel in KERNELS] + [
+        "tests/engine/test_worker_steering.py",
+        "tests/engine/test_kernel_test.py",
+    ]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-rN", "-p", "no:cacheprovider", "-W", "ignore", *tests],
         cwd=ROOT,

@@ -23,7 +23,7 @@ _NORM = tl.constexpr(INTEGERS.index("norm"))
 _READ_ORDER = tl.constexpr(READ_ORDER)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["site", "n_sites", "asked_stride", "encoder", "norm", "first_feature", "last_feature"])
 def _asked_features(
     group_ptr,
     first_write_ptr,

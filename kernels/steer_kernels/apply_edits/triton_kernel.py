@@ -92,7 +92,8 @@ def _delta(
     return total
 
 
-@triton.jit
+# What changes from step to step must not compile another kernel in the middle of serving.
+@triton.jit(do_not_specialize=["site", "n_sites", "n_tokens", "coefficient_stride"])
 def _apply_edits(
     hidden_ptr,
     residual_ptr,
@@ -264,7 +265,7 @@ def _apply_edits(
         new = hidden + delta
         changed = delta != 0.0
         if keeps_any:
-            residual = _stream(hidden_rows, residual_rows, at, inside, HAS_RESIDUAL) - hidden
+            residual = tl.zeros([TOKENS, COLUMNS], dtype=tl.float32)
             if HAS_RESIDUAL:
                 residual = tl.load(residual_rows + at[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
             x = hidden + residual

@@ -27,7 +27,11 @@ MAX_GIVEN = FEATURES
 """Features a token can ask for: they fill one tile."""
 
 
-@triton.jit
+# What changes from step to step must not compile another kernel in the middle of serving.
+CHANGING = ["n_tokens", "given_stride", "n_given"]
+
+
+@triton.jit(do_not_specialize=CHANGING)
 def _given_features(
     x_ptr,
     encoder_ptr,
@@ -81,7 +85,7 @@ def _given_features(
     tl.atomic_max(to_rank_ptr + token // TOKENS, tl.max(ranked.to(tl.int32), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _count_ahead(
     x_ptr,
     encoder_ptr,

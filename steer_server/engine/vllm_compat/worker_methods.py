@@ -8,6 +8,7 @@ from typing import Any
 from vllm.logger import init_logger
 
 from sae_models import HookPoint
+from steer_server.engine.kernel_test import run_kernel_test
 from steer_server.engine.self_test import SiteCheck
 from steer_server.engine.vllm_compat.patching import when_imported, wrap
 from steer_server.engine.vllm_compat.self_test_forwards import check_sites
@@ -38,7 +39,11 @@ def _install_worker_base(module: ModuleType) -> None:
 
 def _compile_or_warm_up_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     result = original(self, *args, **kwargs)
-    if self.model_runner.armed is not None:
+    armed = self.model_runner.armed
+    if armed is not None:
+        if armed.steering.table is not None:
+            table = armed.steering.table
+            run_kernel_test(table.bank.shape[1], table.bank.dtype, table.bank.device)
         self.steering_checks = check_sites(self.model_runner)
         layers = sum(HookPoint.parse(check.site).kind == "resid_post" for check in self.steering_checks)
         others = len(self.steering_checks) - layers
