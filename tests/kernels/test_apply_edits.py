@@ -209,6 +209,30 @@ def test_more_edits_than_a_program_takes_at_once(form):
     assert_matches_reference(form, hidden, residual, rows, build_edits(few + many))
 
 
+def test_a_smaller_step_with_more_edits_after_a_larger_one(form, triton_device):
+    """Of ranked features too: what the table holds for the tokens of one is not enough for the edits of the other."""
+    from steer_kernels.apply_edits.triton_kernel import apply_table
+
+    torch.manual_seed(0)
+    encoder = TopKEncoder(torch.randn(24, 48), torch.randn(48) * 0.1, 4)
+    rows = torch.cat([encoder.W_enc.T, torch.randn(1, 24)])
+    table = StepTable(rows.to(triton_device), 1, [encoder_on(encoder, triton_device)])
+    for steered, n_edits in ((9, 1), (2, 8), (9, 2)):
+        hidden, residual = torch.randn(2, 40, 24)
+        edits = build_edits(
+            [
+                dict(stop=steered, read=i, write=48, bias=float(encoder.b_enc[i]), threshold=0.0, scale=2.0, encoder=0,
+                     feature=i)
+                for i in range(n_edits)
+            ]
+        )  # fmt: skip
+        table.fill(edits, np.zeros(n_edits, dtype=np.int64), np.zeros(n_edits, dtype=np.int64))
+        out = hidden.to(triton_device, copy=True)
+        apply_table(out, residual.to(triton_device), table, 0)
+        expected = apply_edits_reference(hidden, residual, rows, edits, [encoder])
+        assert torch.allclose(out.cpu().double(), expected, atol=1e-4)
+
+
 def test_projecting_out_leaves_no_component(form):
     torch.manual_seed(1)
     hidden, residual = torch.randn(2, 20, 64)

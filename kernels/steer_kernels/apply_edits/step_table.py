@@ -141,7 +141,8 @@ class StepTable:
         grown = tuple(size if need <= size else 2 * need for need, size in zip(needed, self._sizes, strict=True))
         if grown != self._sizes:
             self._allocate(grown)
-        n_coefficients = needed[0] * self.stride
+        # Of all tokens that are held, since a forward may have more than those that are steered.
+        n_coefficients = self.held_tokens * self.stride
         if n_coefficients > len(self.coefficients):
             self.coefficients = self.coefficients.new_zeros(2 * n_coefficients)
         if self.rankings and n_coefficients > len(self.survival):
