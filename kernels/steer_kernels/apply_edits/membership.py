@@ -7,20 +7,13 @@ import triton
 import triton.language as tl
 
 from steer_kernels.apply_edits.edits import group_probability
-from steer_kernels.apply_edits.step_table import INTEGERS, MAX_RANKED, READ_ORDER, WORDS, StepTable
+from steer_kernels.apply_edits.record_words import ENCODER, FEATURE, NORM, READ_ORDER, START, STOP, WORDS
+from steer_kernels.apply_edits.step_table import MAX_RANKED, StepTable
 from steer_kernels.apply_edits.token_norm import scaled
 from steer_kernels.count_above import count_above
 
 EDITS = 16
 """Edits that a program looks at together."""
-
-_WORDS = tl.constexpr(WORDS)
-_START = tl.constexpr(INTEGERS.index("start"))
-_STOP = tl.constexpr(INTEGERS.index("stop"))
-_ENCODER = tl.constexpr(INTEGERS.index("encoder"))
-_FEATURE = tl.constexpr(INTEGERS.index("feature"))
-_NORM = tl.constexpr(INTEGERS.index("norm"))
-_READ_ORDER = tl.constexpr(READ_ORDER)
 
 
 @triton.jit(do_not_specialize=["site", "n_sites", "asked_stride", "encoder", "norm", "first_feature", "last_feature"])
@@ -50,13 +43,13 @@ def _asked_features(
     for first in range(begin, end, EDITS):
         place = first + tl.arange(0, EDITS)
         exists = place < end
-        edit = tl.load(table_ptr + place * _WORDS + _READ_ORDER, mask=exists, other=0)
-        record = table_ptr + edit * _WORDS
-        asks = (tl.load(record + _ENCODER, mask=exists, other=-1) == encoder) & exists
-        asks &= tl.load(record + _NORM, mask=exists, other=0) == norm
-        asks &= tl.load(record + _START, mask=exists, other=0) <= token
-        asks &= tl.load(record + _STOP, mask=exists, other=0) > token
-        feature = tl.load(record + _FEATURE, mask=exists, other=-1)
+        edit = tl.load(table_ptr + place * WORDS + READ_ORDER, mask=exists, other=0)
+        record = table_ptr + edit * WORDS
+        asks = (tl.load(record + ENCODER, mask=exists, other=-1) == encoder) & exists
+        asks &= tl.load(record + NORM, mask=exists, other=0) == norm
+        asks &= tl.load(record + START, mask=exists, other=0) <= token
+        asks &= tl.load(record + STOP, mask=exists, other=0) > token
+        feature = tl.load(record + FEATURE, mask=exists, other=-1)
         asks &= (feature >= first_feature) & (feature <= last_feature)
         tl.store(asked_ptr + token.to(tl.int64) * asked_stride + edit - base, feature - first_feature, mask=asks)
 

@@ -18,7 +18,19 @@ import triton.language as tl
 
 from steer_kernels.apply_edits.edits import LAYER_NORM_EPS, SMALLEST_NORM, TokenNorm, stream_limit
 from steer_kernels.apply_edits.membership import rank
-from steer_kernels.apply_edits.step_table import INTEGERS, READ_ORDER, WORDS, StepTable
+from steer_kernels.apply_edits.record_words import (
+    ENCODER,
+    FLOATS,
+    NORM,
+    PRESERVE_NORM,
+    READ,
+    READ_ORDER,
+    START,
+    STOP,
+    WORDS,
+    WRITE,
+)
+from steer_kernels.apply_edits.step_table import StepTable
 from steer_kernels.encoder_tile import INTERPRETED
 from steer_kernels.triton_target import triton_backend
 
@@ -28,16 +40,6 @@ GROUPED_FROM = 256
 """Tokens of a forward from which on the grouped form is launched too: more than decode ever has, so that decode pays
 one launch."""
 
-_WORDS = tl.constexpr(WORDS)
-_START = tl.constexpr(INTEGERS.index("start"))
-_STOP = tl.constexpr(INTEGERS.index("stop"))
-_READ = tl.constexpr(INTEGERS.index("read"))
-_WRITE = tl.constexpr(INTEGERS.index("write"))
-_NORM = tl.constexpr(INTEGERS.index("norm"))
-_ENCODER = tl.constexpr(INTEGERS.index("encoder"))
-_PRESERVE_NORM = tl.constexpr(INTEGERS.index("preserve_norm"))
-_FLOATS = tl.constexpr(len(INTEGERS))
-_READ_ORDER = tl.constexpr(READ_ORDER)
 _LAYER_NORM = tl.constexpr(int(TokenNorm.LAYER_NORM))
 _CONSTANT_NORM = tl.constexpr(int(TokenNorm.CONSTANT_NORM))
 _LAYER_NORM_EPS = tl.constexpr(LAYER_NORM_EPS)
@@ -80,7 +82,7 @@ def _delta(
     for first in range(begin, end, EDITS):
         edit = first + tl.arange(0, EDITS)
         exists = edit < end
-        write = tl.load(table_ptr + edit * _WORDS + _WRITE, mask=exists, other=0)
+        write = tl.load(table_ptr + edit * WORDS + WRITE, mask=exists, other=0)
         rows_at = bank_ptr + write.to(tl.int64)[:, None] * bank_stride + at[None, :]
         rows = tl.load(rows_at, mask=exists[:, None] & inside[None, :], other=0.0).to(tl.float32)
         coefficient = tl.load(coefficient_rows + (edit - base)[None, :], mask=exists[None, :], other=0.0)
@@ -152,12 +154,12 @@ def _apply_edits(
     for first in range(read_begin, read_end, EDITS):
         place = first + tl.arange(0, EDITS)
         exists = place < read_end
-        edit = tl.load(table_ptr + place * _WORDS + _READ_ORDER, mask=exists, other=0)
-        record = table_ptr + edit * _WORDS
-        start = tl.load(record + _START, mask=exists, other=0)
-        stop = tl.load(record + _STOP, mask=exists, other=0)
-        read = tl.load(record + _READ, mask=exists, other=-1)
-        norm = tl.load(record + _NORM, mask=exists, other=0)
+        edit = tl.load(table_ptr + place * WORDS + READ_ORDER, mask=exists, other=0)
+        record = table_ptr + edit * WORDS
+        start = tl.load(record + START, mask=exists, other=0)
+        stop = tl.load(record + STOP, mask=exists, other=0)
+        read = tl.load(record + READ, mask=exists, other=-1)
+        norm = tl.load(record + NORM, mask=exists, other=0)
         acts = (tokens[:, None] >= start[None, :]) & (tokens[:, None] < stop[None, :])
         reads = read >= 0
         bank_rows = bank_ptr + read.to(tl.int64)[:, None] * bank_stride
@@ -203,15 +205,15 @@ def _apply_edits(
             read_scale = tl.where(by_length, inverse_length[:, None], read_scale)
             write_scale = tl.where(by_std, std[:, None], write_scale)
             write_scale = tl.where(by_length, (length / root)[:, None], write_scale)
-        bias = tl.load(record + _FLOATS, mask=exists, other=0).to(tl.float32, bitcast=True)
-        threshold = tl.load(record + _FLOATS + 1, mask=exists, other=0).to(tl.float32, bitcast=True)
-        scale = tl.load(record + _FLOATS + 2, mask=exists, other=0).to(tl.float32, bitcast=True)
-        shift = tl.load(record + _FLOATS + 3, mask=exists, other=0).to(tl.float32, bitcast=True)
-        low = tl.load(record + _FLOATS + 4, mask=exists, other=0).to(tl.float32, bitcast=True)
-        high = tl.load(record + _FLOATS + 5, mask=exists, other=0).to(tl.float32, bitcast=True)
+        bias = tl.load(record + FLOATS, mask=exists, other=0).to(tl.float32, bitcast=True)
+        threshold = tl.load(record + FLOATS + 1, mask=exists, other=0).to(tl.float32, bitcast=True)
+        scale = tl.load(record + FLOATS + 2, mask=exists, other=0).to(tl.float32, bitcast=True)
+        shift = tl.load(record + FLOATS + 3, mask=exists, other=0).to(tl.float32, bitcast=True)
+        low = tl.load(record + FLOATS + 4, mask=exists, other=0).to(tl.float32, bitcast=True)
+        high = tl.load(record + FLOATS + 5, mask=exists, other=0).to(tl.float32, bitcast=True)
         p = products * read_scale + bias[None, :]
         if HAS_RANKED:
-            ranked = tl.load(record + _ENCODER, mask=exists, other=-1) >= 0
+            ranked = tl.load(record + ENCODER, mask=exists, other=-1) >= 0
             ranked_at = at_token * coefficient_stride + (edit - base)[None, :]
             # Of the tokens that an edit does not act on, nothing was ranked.
             ranked_here = ranked[None, :] & acts
@@ -231,10 +233,10 @@ def _apply_edits(
     keeps = tl.zeros([TOKENS], dtype=tl.int32)
     for first in range(begin, end, EDITS):
         edit = first + tl.arange(0, EDITS)
-        record = table_ptr + edit * _WORDS
-        start = tl.load(record + _START, mask=edit < end, other=0)
-        stop = tl.load(record + _STOP, mask=edit < end, other=0)
-        keep = tl.load(record + _PRESERVE_NORM, mask=edit < end, other=0)
+        record = table_ptr + edit * WORDS
+        start = tl.load(record + START, mask=edit < end, other=0)
+        stop = tl.load(record + STOP, mask=edit < end, other=0)
+        keep = tl.load(record + PRESERVE_NORM, mask=edit < end, other=0)
         acts = ((tokens[:, None] >= start[None, :]) & (tokens[:, None] < stop[None, :])).to(tl.int32)
         acting = tl.maximum(acting, tl.max(acts, axis=1))
         keeps = tl.maximum(keeps, tl.max(acts * keep[None, :], axis=1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from steer_kernels.eight_bit import EightBitEncoder, check_eight_bit
-from steer_kernels.encode_topk.torch_path import encode_topk_torch
+from steer_kernels.encode_topk import encode_topk
 from steer_kernels.pre_activations import check_encoder, check_k
 
 
@@ -36,7 +36,7 @@ def _encode_topk_screened_cpu(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Without the screen, which changes no result: a CPU would have to widen eight bits before it multiplies."""
     _checked(x, encoder, b_enc, EightBitEncoder(weights, step, slack, longest), k, scale)
-    return encode_topk_torch(x, encoder, b_enc, k, absolute, scale)
+    return encode_topk(x, encoder, b_enc, k, absolute, scale)
 
 
 def _encode_topk_screened_gpu(
@@ -52,7 +52,6 @@ def _encode_topk_screened_gpu(
     scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     # Machines without a GPU need no Triton.
-    from steer_kernels.encode_topk.triton_kernel import encode_topk_triton
     from steer_kernels.encode_topk_screened.triton_kernel import encode_topk_screened_triton, worth_screening
 
     eight_bit = EightBitEncoder(weights, step, slack, longest)
@@ -60,8 +59,7 @@ def _encode_topk_screened_gpu(
     if worth_screening(x.shape[0], encoder.shape[0], k):
         screened = encode_topk_screened_triton(x, encoder, b_enc, eight_bit, k, absolute, scale)
         return screened.values, screened.features
-    encoded = encode_topk_triton(x, encoder, b_enc, k, absolute, scale)
-    return encoded.values, encoded.features
+    return encode_topk(x, encoder, b_enc, k, absolute, scale)
 
 
 def _encode_topk_screened_fake(
