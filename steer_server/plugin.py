@@ -14,6 +14,7 @@ def register() -> None:
     from steer_server.api.carriers import admit_request
     from steer_server.api.receipts import attach_receipt
     from steer_server.engine.vllm_compat import (
+        cuda_graphs,
         engine_config,
         engine_core,
         frontend,
@@ -30,6 +31,7 @@ def register() -> None:
     engine_core.install()
     runner_v1.install()
     runner_v2.install()
+    cuda_graphs.install()
     pipeline.install()
     worker_methods.install()
 

@@ -150,6 +150,14 @@ def test_finished_requests_are_forgotten(v2):
     assert v2.collective_rpc(lambda worker: worker.model_runner.armed.steering.has_work) == [False]
 
 
+def test_what_chooses_cuda_graphs_asks_whether_anyone_is_steered(v2):
+    """tests/vllm_compat/test_cuda_graphs.py has what it then chooses, on a GPU."""
+    (known,) = v2.collective_rpc(
+        lambda worker: worker.model_runner.cudagraph_manager.armed is worker.model_runner.armed is not None
+    )
+    assert known
+
+
 def test_only_batches_of_requests_reach_the_sites(v2):
     """A dummy batch, as data-parallel ranks run them and as warm-up and profiling do."""
     v2.collective_rpc("steering_capture", args=(["blocks.1.hook_resid_post"],))

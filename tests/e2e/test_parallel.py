@@ -106,6 +106,11 @@ def find_site(worker, site):
         del steering.sites[steering.config.sites.index(site)].apply
 
 
+def graphs_are_chosen_by_whom_it_steers(worker):
+    """Runs in every worker; tests/vllm_compat/test_cuda_graphs.py has what is chosen, on a GPU."""
+    return worker.model_runner.cudagraph_dispatcher.armed is worker.model_runner.armed is not None
+
+
 def test_pipeline_parallel(random_model, random_saes, random_oracle, random_specs, two_workers):
     """Compiled: on the CPU vLLM's own stages fail in eager mode."""
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
@@ -113,6 +118,7 @@ def test_pipeline_parallel(random_model, random_saes, random_oracle, random_spec
     try:
         first, last = ([check["site"] for check in checks] for checks in llm.collective_rpc("steering_self_test"))
         assert {site.split(".")[1] for site in first} == {"0", "1"}
+        assert llm.collective_rpc(graphs_are_chosen_by_whom_it_steers) == [True, True]
         assert {site.split(".")[1] for site in last} == {"2", "3"}
         compare_all(llm, random_oracle, random_specs)
         spec = random_specs["every layer"]

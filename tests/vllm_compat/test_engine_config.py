@@ -5,7 +5,7 @@ import json
 import pytest
 
 from steer_server.engine.config import ConfigError
-from steer_server.engine.vllm_compat.engine_config import OP_NAME, run_between_cuda_graphs, steering_config
+from steer_server.engine.vllm_compat.engine_config import steering_config
 from steer_server.engine.vllm_compat.supported import refuse_unsupported
 from steer_server.plugin import register
 from tests.e2e.tiny_models import GPT2, LLAMA, tiny
@@ -86,25 +86,6 @@ def test_an_unarmed_configuration_has_another_key(create):
 def test_refusals(create, options, says):
     with pytest.raises(ConfigError, match=says):
         create(**options)
-
-
-def test_with_cuda_graphs_the_op_runs_between_them():
-    from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
-
-    def after(**settings):
-        compilation = CompilationConfig(**settings)
-        run_between_cuda_graphs(compilation)
-        return compilation
-
-    for splits in (None, [], ["vllm::unified_attention_with_output", "vllm::unified_kv_cache_update"]):
-        for mode in (CUDAGraphMode.FULL, CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.PIECEWISE):
-            changed = after(mode=CompilationMode.VLLM_COMPILE, cudagraph_mode=mode, splitting_ops=splits)
-            assert changed.cudagraph_mode == CUDAGraphMode.PIECEWISE
-            assert set(changed.splitting_ops) >= {OP_NAME, "vllm::unified_attention_with_output", *(splits or [])}
-            assert len(set(changed.splitting_ops)) == len(changed.splitting_ops)
-            assert changed.splitting_ops_contain_attention()
-    cpu = after(mode=CompilationMode.DYNAMO_TRACE_ONCE, cudagraph_mode=CUDAGraphMode.NONE)
-    assert cpu.splitting_ops is None
 
 
 def test_cuda_graphs_that_cannot_be_split_at_the_op_are_refused(create):

@@ -27,6 +27,8 @@ SEAMS = [
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "execute_model"),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "sync_and_gather_intermediate_tensors"),
     ("vllm.v1.worker.cpu_model_runner", "CPUModelRunner", "load_model"),
+    ("vllm.v1.cudagraph_dispatcher", "CudagraphDispatcher", "dispatch"),
+    ("vllm.v1.worker.gpu.cudagraph_utils", "CudaGraphManager", "dispatch"),
     ("vllm.v1.worker.gpu.model_states", None, "resolve_model_state_cls"),
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner", "execute_model"),
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner", "sample_tokens"),

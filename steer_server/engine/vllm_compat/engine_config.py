@@ -6,11 +6,11 @@ from types import ModuleType
 from typing import Any
 
 from steer_server.engine.config import SteeringConfig, parse_options, resolve_config
+from steer_server.engine.vllm_compat.cuda_graphs import split_at_the_op
 from steer_server.engine.vllm_compat.patching import when_imported, wrap
 from steer_server.engine.vllm_compat.supported import is_steerable, model_facts, refuse_unsupported
 
 KEY = "steering"
-OP_NAME = "steer_kernels::apply_edits"
 
 
 def steering_config(vllm_config: Any) -> SteeringConfig | None:
@@ -42,24 +42,8 @@ def _create_engine_config(original: Any, self: Any, *args: Any, **kwargs: Any) -
         options = parse_options(additional.get(KEY, {}))
         additional[KEY] = resolve_config(options, model_facts(vllm_config)).as_dict()
         vllm_config.additional_config = additional
-        run_between_cuda_graphs(vllm_config.compilation_config)
+        split_at_the_op(vllm_config.compilation_config)
     return vllm_config
-
-
-def run_between_cuda_graphs(compilation: Any) -> None:
-    """Make the op a point where vLLM splits the graph, and its CUDA graphs the pieces between.
-
-    What the op does follows the step table, so it must run in every forward and not be replayed from one. vLLM treats
-    attention the same way. On CPU there are no CUDA graphs and nothing is changed.
-    """
-    from vllm.config import CompilationMode, CUDAGraphMode
-
-    if compilation.mode != CompilationMode.VLLM_COMPILE or compilation.cudagraph_mode == CUDAGraphMode.NONE:
-        return
-    compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
-    splits = list(compilation.splitting_ops or [])
-    splits += [op for op in compilation._attention_ops if op not in splits]
-    compilation.splitting_ops = [*splits, OP_NAME] if OP_NAME not in splits else splits
 
 
 def _compute_hash(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from steer_server.engine.vllm_compat.armed_model import ArmedModel, arm
+from steer_server.engine.vllm_compat.cuda_graphs import choose_graphs_for
 from steer_server.engine.vllm_compat.patching import when_imported, wrap
 
 
@@ -31,6 +32,7 @@ def _install_cpu_runner(module: ModuleType) -> None:
 def _load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     original(self, *args, **kwargs)
     self.armed = arm(self.vllm_config, self.get_model(), self.device)
+    choose_graphs_for(self.armed, self.cudagraph_dispatcher)
 
 
 def _update_states(original: Any, self: Any, scheduler_output: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from steer_server.engine.vllm_compat.armed_model import ArmedModel, arm
+from steer_server.engine.vllm_compat.cuda_graphs import choose_graphs_for
 from steer_server.engine.vllm_compat.engine_config import steering_config
 from steer_server.engine.vllm_compat.patching import when_imported, wrap
 
@@ -80,6 +81,8 @@ def steered(chosen: Any) -> Any:
 
 
 def _execute_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    if self.cudagraph_manager is not None:
+        choose_graphs_for(self.armed, self.cudagraph_manager)
     try:
         return original(self, *args, **kwargs)
     finally:

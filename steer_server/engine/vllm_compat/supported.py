@@ -78,7 +78,7 @@ def refuse_unsupported(vllm_config: Any) -> None:
 
 
 def _graphs_without_compilation(compilation: Any) -> bool:
-    """Whether CUDA graphs are captured that `run_between_cuda_graphs` cannot split at our op."""
+    """Whether CUDA graphs are captured that `split_at_the_op` cannot split at our op."""
     from vllm.config import CompilationMode, CUDAGraphMode
 
     return compilation.mode != CompilationMode.VLLM_COMPILE and compilation.cudagraph_mode != CUDAGraphMode.NONE
