@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import typer
@@ -14,6 +15,7 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from steer_server import __version__
+from steer_server.embedded_model import SERVED_NAME, EmbeddedModelError, embedded_model
 from steer_server.engine.environment import offline_environment, vllm_environment
 from steer_server.sae.commands import app as sae_app
 
@@ -105,7 +107,7 @@ def serve(
     """
     model, flags = _split_model(arguments or [])
     options = steering_options(sae, pretrained_saes, steering_layers, steering_rows, steering_max_edits)
-    command = vllm_arguments(model, flags, options)
+    command = _arguments_or_exit(model, flags, options)
     os.environ.update(vllm_environment(embedded=model is None))
     console.print(f"vllm serve {' '.join(command)}", highlight=False, markup=False, soft_wrap=True)
     os.execv(sys.executable, [sys.executable, "-m", "steer_server.engine.vllm_compat.vllm_cli", "serve", *command])
@@ -188,14 +190,19 @@ def batch(
         raise typer.BadParameter("the server brings its own engines", param_hint="--ray")
     model, flags = _split_model(WholeFlags.restored(arguments or []))
     options = steering_options(sae, pretrained_saes, steering_layers, steering_rows, steering_max_edits)
+    if server is not None and (model is not None or flags or options):
+        given = " ".join(arguments or options)
+        raise typer.BadParameter(f"the server has a model and flags of its own; got {given}", param_hint="--server")
+    report = commands.report_for(log_format, quiet)
     command: list[str] = []
     if server is None:
         os.environ.update(offline_environment(embedded=model is None))
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        command = vllm_arguments(model, flags, options)
-    elif model is not None or flags or options:
-        given = " ".join(arguments or options)
-        raise typer.BadParameter(f"the server has a model and flags of its own; got {given}", param_hint="--server")
+        try:
+            command = vllm_arguments(model, flags, options, report.stage)
+        except EmbeddedModelError as error:
+            report.stopped(str(error))
+            raise typer.Exit(1) from None
     # What the catalog resolves them to is compared instead of paths; the size of the row bank changes no answer.
     deciding = {name: value for name, value in options.items() if name not in ("saes", "rows")}
     settings = Settings(
@@ -213,7 +220,6 @@ def batch(
         from steer_server.batch.cluster import Cluster, gpus_per_replica
 
         cluster = Cluster(ray_address, concurrency, gpus_per_replica(flags) if _has_gpu() else 0)
-    report = commands.report_for(log_format, quiet)
     raise typer.Exit(commands.run(commands.job_for(settings, command, server, cluster, report), report))
 
 
@@ -234,7 +240,7 @@ def doctor(
     os.environ.update(offline_environment(embedded=model is None))
     from steer_server.engine.vllm_compat.offline import self_test_checks
 
-    checks = self_test_checks(vllm_arguments(model, flags, options))
+    checks = self_test_checks(_arguments_or_exit(model, flags, options))
     if as_json:
         typer.echo(json.dumps(checks))
     else:
@@ -306,25 +312,34 @@ def steering_options(
     return options
 
 
-def vllm_arguments(model: str | None, flags: list[str], options: dict[str, Any]) -> list[str]:
-    """Arguments of `vllm serve` for these flags; without a model, those of the embedded one."""
+def _arguments_or_exit(model: str | None, flags: list[str], options: dict[str, Any]) -> list[str]:
+    """`vllm_arguments` for a command whose user reads along."""
+    try:
+        return vllm_arguments(model, flags, options, lambda text: console.print(text, highlight=False))
+    except EmbeddedModelError as error:
+        console.print(f"error: {error}", highlight=False, markup=False)
+        raise typer.Exit(1) from None
+
+
+def vllm_arguments(
+    model: str | None, flags: list[str], options: dict[str, Any], say: Callable[[str], None]
+) -> list[str]:
+    """Arguments of `vllm serve` for these flags; without a model, those of the embedded one, which `say` is told.
+
+    Raises EmbeddedModelError.
+    """
+    additional, flags = _take_additional_config(flags)
     if model is None:
         from sae_models.cache import cache_folder
-        from steer_server.embedded_model import SERVED_NAME, EmbeddedModelError, embedded_model
 
-        console.print(f"Model: embedded SmolLM2-135M-Instruct, converted once into {cache_folder()}", highlight=False)
-        try:
-            folder = embedded_model()
-        except EmbeddedModelError as error:
-            console.print(f"error: {error}", highlight=False, markup=False)
-            raise typer.Exit(1) from None
+        say(f"Model: embedded SmolLM2-135M-Instruct, converted once into {cache_folder()}")
+        folder = embedded_model()
         given = {flag.partition("=")[0] for flag in flags}
         defaults = {"--served-model-name": [SERVED_NAME], "--dtype": ["float32"], "--max-model-len": ["4096"]}
         for flag, value in defaults.items():
             if flag not in given and not (flag == "--dtype" and _has_gpu()):
                 flags = [*flags, flag, *value]
         model = str(folder)
-    additional, flags = _take_additional_config(flags)
     additional["steering"] = {**additional.get("steering", {}), **options}
     return [model, *flags, "--additional-config", json.dumps(additional)]
 

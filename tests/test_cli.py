@@ -74,7 +74,7 @@ def test_the_model_is_found_among_the_flags(arguments, expected):
 def test_vllms_flags_pass_through():
     parsed = []
 
-    def capture(model, flags, options):
+    def capture(model, flags, options, say):
         parsed.extend([model, flags, options])
         raise typer.Exit
 
@@ -92,13 +92,15 @@ def test_vllms_flags_pass_through():
 def test_a_users_own_additional_config_is_kept():
     mine = json.dumps({"steering": {"rows": 70}, "other": 1})
     for flags in (["--additional-config", mine], [f"--additional-config={mine}"]):
-        *rest, last = vllm_arguments("org/m", ["--port", "1", *flags], {"layers": [3]})
+        *rest, last = vllm_arguments("org/m", ["--port", "1", *flags], {"layers": [3]}, print)
         assert rest == ["org/m", "--port", "1", "--additional-config"]
         assert json.loads(last) == {"steering": {"rows": 70, "layers": [3]}, "other": 1}
 
 
 def test_the_embedded_model_has_defaults_that_flags_override(model_dir):
-    arguments = vllm_arguments(None, ["--dtype=bfloat16", "--max-model-len", "64"], {})
+    said = []
+    arguments = vllm_arguments(None, ["--dtype=bfloat16", "--max-model-len", "64"], {}, said.append)
+    assert [line.split(",")[0] for line in said] == ["Model: embedded SmolLM2-135M-Instruct"]
     assert arguments[0] == str(model_dir)
     assert arguments.count("--max-model-len") == 1
     assert "--dtype" not in arguments

@@ -78,6 +78,9 @@ def job_for(
 
 def run(job: Coroutine[Any, Any, Summary], report: Report) -> int:
     """The exit status: 0, 2 where rows failed, 1 where the job could not run to its end; the report then says why."""
+    report.stage("reading the input")
+    if isinstance(report, JsonReport):
+        engine_lines_as_json(report)
     try:
         summary = asyncio.run(_interruptible(job))
     except (JobError, SourceError, RowFileError, InputChangedError, EngineStoppedError) as failure:
@@ -105,9 +108,7 @@ def report_for(log_format: Literal["bar", "json"], quiet: bool) -> Report:
     if quiet:
         return QuietReport()
     if log_format == "json":
-        report = JsonReport(os.fdopen(os.dup(2), "w"))
-        engine_lines_as_json(report)
-        return report
+        return JsonReport(os.fdopen(os.dup(2), "w"))
     return BarReport()
 
 

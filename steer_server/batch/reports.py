@@ -57,11 +57,11 @@ class BarReport:
             console=self._console,
             refresh_per_second=4,
         )
-        self._task = self._progress.add_task("reading the input", total=None, rate="")
-        self._progress.start()
+        self._task = self._progress.add_task("", total=None, rate="")
         self._summary = Summary()
 
     def stage(self, name: str) -> None:
+        self._progress.start()
         self._progress.update(self._task, description=name)
 
     def started(self, total: int | None, summary: Summary) -> None:

