@@ -5,6 +5,11 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says nothing on a machine that does other things too.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 # Before anything of vLLM is imported: little memory for the KV cache, and the plugin in every process.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")

@@ -1,12 +1,11 @@
 """Sets in little memory behave like sets."""
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from steer_server.batch.identifiers import IdSet, RowSet
 
 
-@settings(deadline=None)
 @given(st.lists(st.text(max_size=3), max_size=300))
 def test_ids(members):
     kept, expected = IdSet(), set()
@@ -23,7 +22,6 @@ def test_many_ids():
     assert len(kept) == 50_000
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 5000), max_size=100))
 def test_rows(numbers):
     kept = RowSet()

@@ -4,7 +4,7 @@ import json
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from steer_server.batch.rows import (
@@ -63,13 +63,11 @@ def test_refused_rows_say_why(text, custom_id, code, says):
     }
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_no_line_breaks_the_parser(text):
     assert isinstance(parse_row(1, text), Refused | Request)
 
 
-@settings(deadline=None)
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=5))
 def test_no_value_of_a_field_breaks_the_parser(value):
     for field in ("custom_id", "method", "url", "body"):
@@ -119,7 +117,6 @@ def test_what_is_not_an_answer_still_gives_one_whole_line(body):
     assert json.loads(line_)["response"]["status_code"] == 502
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10**12), st.text("0123456789abcdef", min_size=1, max_size=12))
 def test_the_row_number_is_read_back(number, job):
     assert row_number(job, row_id(job, number)) == number

@@ -303,7 +303,7 @@ mutations = st.lists(
 )
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(mutations, st.sampled_from(["steering", "text"]))
 def test_no_body_makes_a_500(server, changes, carrier):
     """Valid steering with parts replaced by arbitrary JSON: an answer, or a 4xx that names a field."""

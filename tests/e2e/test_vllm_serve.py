@@ -63,7 +63,7 @@ def refused_beside_a_holder(server):
         since = time.monotonic()
         finished = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1:]
         assert finished == ["length"], f"the holder ended with {finished}"
-        assert time.monotonic() - since < 1, "admitted while its rows were held"
+        assert time.monotonic() - since < 5, "admitted while its rows were held"
     pytest.fail("the holder was always done before the others came")
 
 
@@ -78,12 +78,11 @@ def test_no_room_is_a_429_with_retry_after_and_room_comes_back(server):
     ask(server, spec(1, 2, 3, 4), max_tokens=1)
     server.client.chat.completions.create(model="base", messages=MESSAGES, max_tokens=1)
     holder.close()
-    deadline = 50
-    while deadline:
+    deadline = time.monotonic() + 60
+    while True:
         try:
             assert ask(server, spec(5, 6, 7), max_tokens=2).steering["applied"]
             break
         except openai.RateLimitError:
-            deadline -= 1
+            assert time.monotonic() < deadline, "the cancelled request never gave its rows back"
             time.sleep(0.1)
-    assert deadline, "the cancelled request never gave its rows back"

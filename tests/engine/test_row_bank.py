@@ -59,7 +59,7 @@ class Bank(RuleBasedStateMachine):
 
 
 TestBank = Bank.TestCase
-TestBank.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestBank.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 def test_an_idle_row_is_not_uploaded_again_until_its_place_is_taken():

@@ -216,7 +216,7 @@ STEPS = st.lists(
     specs=st.lists(st.sampled_from([*SPECS, "empty"]), min_size=3, max_size=3),
     lens=st.tuples(*[st.integers(1, 12)] * 3),
 )
-@settings(max_examples=5 if INTERPRETED else 60, derandomize=INTERPRETED, deadline=None)
+@settings(max_examples=5 if INTERPRETED else 60, derandomize=INTERPRETED)
 def test_whatever_is_scheduled(config, steps, specs, lens):
     sim = Simulation(config)
     for request_id, spec, prompt_len in zip("abc", specs, lens, strict=True):

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from tests.kernels.conftest import INTERPRETED
 
-DRAWN = settings(max_examples=6 if INTERPRETED else 60, deadline=None)
+DRAWN = settings(max_examples=6 if INTERPRETED else 60)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 # One, primes, the borders of tiles (16, 32, 64, 128 tokens; 128 features; 32 or 64 of d_in), and more than one tile.

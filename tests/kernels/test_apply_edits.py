@@ -148,7 +148,7 @@ def tables(draw):
     return tokens, n_rows, records, draw(st.integers(0, 2**31)), draw(st.booleans())
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(tables(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_matches_the_definition(form, table, dtype):
     tokens, n_rows, records, seed, has_residual = table

@@ -43,7 +43,7 @@ def forwards(draw):
     return build_edits(records), np.array(sites)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(forwards(), min_size=1, max_size=3))
 def test_every_token_finds_its_edits_where_they_are_written_and_read(steps):
     step_table = StepTable(torch.zeros(4, 8), SITES)

@@ -92,7 +92,7 @@ def test_operators_are_words(store, query):
 
 
 @given(st.text(max_size=80))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_text_can_be_searched_for(tmp_path_factory, query):
     path = tmp_path_factory.getbasetemp() / "any.sqlite"
     if not path.exists():
