@@ -93,7 +93,11 @@ class Pair:
 
         bind_sites(sites)
         try:
-            with set_forward_context(None, self.vllm_config, num_tokens=TOKENS):
+            # Eager to the last function: Cohere's norms are compiled by vLLM whatever `enforce_eager` says.
+            with (
+                torch.compiler.set_stance("force_eager"),
+                set_forward_context(None, self.vllm_config, num_tokens=TOKENS),
+            ):
                 return self.model(
                     input_ids=self.ids.to(torch.int32),
                     positions=torch.zeros(TOKENS, dtype=torch.int64),
