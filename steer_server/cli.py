@@ -157,12 +157,15 @@ def batch(
     ] = False,
     ray_address: Annotated[
         str | None,
-        typer.Option(metavar="ADDR", help="Of the Ray cluster. Default: $RAY_ADDRESS, or a new one here."),
+        typer.Option(metavar="ADDR", help="With --ray: of the cluster. Default: $RAY_ADDRESS, or a new one here."),
     ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="With --ray: engines at a time.")] = 1,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="With --ray: engines at a time. Default: 1.")] = None,
     in_flight: Annotated[
         int | None,
-        typer.Option(min=1, help="Rows being answered at a time. Default: twice --max-num-seqs, 64 with --server."),
+        typer.Option(
+            min=1,
+            help="Rows being answered at a time. Default: twice --max-num-seqs, 64 with --server. Not with --ray.",
+        ),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but why a job stopped.")] = False,
     log_format: Annotated[
@@ -188,6 +191,11 @@ def batch(
         raise typer.BadParameter(str(error), param_hint="--sweep") from None
     if ray and server is not None:
         raise typer.BadParameter("the server brings its own engines", param_hint="--ray")
+    if ray and in_flight is not None:
+        raise typer.BadParameter("each engine on Ray takes as many rows as it can run", param_hint="--in-flight")
+    for given, flag in ((ray_address, "--ray-address"), (concurrency, "--concurrency")):
+        if given is not None and not ray:
+            raise typer.BadParameter("only with --ray", param_hint=flag)
     model, flags = _split_model(WholeFlags.restored(arguments or []))
     options = steering_options(sae, pretrained_saes, steering_layers, steering_rows, steering_max_edits)
     if server is not None and (model is not None or flags or options):
@@ -219,7 +227,7 @@ def batch(
     if ray:
         from steer_server.batch.cluster import Cluster, gpus_per_replica
 
-        cluster = Cluster(ray_address, concurrency, gpus_per_replica(flags) if _has_gpu() else 0)
+        cluster = Cluster(ray_address, concurrency or 1, gpus_per_replica(flags) if _has_gpu() else 0)
     raise typer.Exit(commands.run(commands.job_for(settings, command, server, cluster, report), report))
 
 
@@ -229,6 +237,8 @@ def doctor(
     sae: Sae = None,
     pretrained_saes: PretrainedSaes = True,
     steering_layers: Layers = None,
+    steering_rows: Rows = None,
+    steering_max_edits: MaxEdits = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
 ) -> None:
     """Start MODEL's engine, prove that each armed layer changes the residual stream as asked, and stop.
@@ -236,7 +246,7 @@ def doctor(
     The server runs the same test whenever it starts. Exit status: 0 when every layer passed, 1 otherwise.
     """
     model, flags = _split_model(arguments or [])
-    options = steering_options(sae, pretrained_saes, steering_layers, None, None)
+    options = steering_options(sae, pretrained_saes, steering_layers, steering_rows, steering_max_edits)
     os.environ.update(offline_environment(embedded=model is None))
     from steer_server.engine.vllm_compat.offline import self_test_checks
 

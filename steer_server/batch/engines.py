@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
@@ -79,15 +80,15 @@ class ServerEngine:
     async def _send(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> Answer:
         import httpx
 
-        waited = 0.0
+        since: float | None = None
         while True:
             try:
                 answer = await self._client.request(method, path, content=body, headers=headers)
             except httpx.TransportError as error:
-                if waited >= RECONNECT_SECONDS:
+                since = time.monotonic() if since is None else since
+                if time.monotonic() - since >= RECONNECT_SECONDS:
                     raise EngineStoppedError(f"{self._client.base_url} does not answer: {error!r}") from None
                 await asyncio.sleep(2.0)
-                waited += 2.0
                 continue
             given = answer.headers.get("retry-after", "")
             return Answer(answer.status_code, answer.content, float(given) if given.isdecimal() else None)

@@ -17,7 +17,7 @@ import yaml
 from steer_server.catalog.catalog import CatalogError
 
 PACKAGE, TABLE = "sae_lens", "pretrained_saes.yaml"
-INSTALL_HINT = "pip install 'steer-server[saelens]'"
+INSTALL_HINT = "pip install --no-deps sae-lens"
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,11 @@ NO_SITE = "not possible, the engine has no site there"
 T = TypeVar("T")
 
 SaeArgument = Annotated[
-    str, typer.Argument(metavar="SAE", help="A shipped SAE by name, or the folder or file of one, as PATH[?OPTIONS].")
+    str,
+    typer.Argument(
+        metavar="SAE",
+        help="A shipped SAE by name, or the folder, file or hf://OWNER/REPO[/PATH] of one, as PATH[?OPTIONS].",
+    ),
 ]
 StoreOption = Annotated[
     Path | None,
@@ -74,7 +78,8 @@ def inspect(sae: SaeArgument, as_json: JsonOption = False) -> None:
 @app.command()
 def convert(
     source: Annotated[
-        str, typer.Argument(metavar="IN", help="A folder, file or hub id of an SAE of any family, as PATH[?OPTIONS].")
+        str,
+        typer.Argument(metavar="IN", help="The folder, file or hf://OWNER/REPO[/PATH] of an SAE, as PATH[?OPTIONS]."),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make, in SAELens' format.")],
     hook: Annotated[

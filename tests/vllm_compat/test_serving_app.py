@@ -2,6 +2,9 @@
 
 import inspect
 
+import pytest
+
+from steer_server.engine.vllm_compat.offline import self_test_checks
 from steer_server.engine.vllm_compat.serving_app import api_key
 
 
@@ -52,6 +55,13 @@ def test_the_arguments_of_serve(monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "from the environment")
     args.api_key = None
     assert api_key(args) == "from the environment"
+
+
+def test_a_flag_that_serve_does_not_know_is_none_of_the_doctors(capsys):
+    """Refused before an engine is started; `--port` is a flag of the HTTP server, `--dtype` one of the engine."""
+    with pytest.raises(SystemExit):
+        self_test_checks(["some/model", "--port", "1", "--dtype", "half", "--no-such-flag"])
+    assert "unrecognized arguments: --no-such-flag" in capsys.readouterr().err
 
 
 def test_a_given_up_answer_says_so():

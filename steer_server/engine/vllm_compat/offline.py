@@ -11,13 +11,13 @@ def self_test_checks(arguments: list[str]) -> list[dict[str, Any]]:
     A failed self-test is raised by the engine's start-up.
     """
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    model, *flags = arguments
-    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-    # Flags of the HTTP server mean nothing here.
-    known, _ = parser.parse_known_args(["--model", model, *flags])
-    engine = LLMEngine.from_engine_args(EngineArgs.from_cli_args(known))
+    # Those of the HTTP server among them, so that a flag that nobody knows is an error here too.
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
+    args.model = args.model_tag
+    engine = LLMEngine.from_engine_args(EngineArgs.from_cli_args(args))
     workers: list[list[dict[str, Any]]] = engine.collective_rpc("steering_self_test")
     return [check for worker in workers for check in worker]
