@@ -29,6 +29,15 @@ def test_layers_that_return_one_tensor(tmp_path):
     assert all(check["passed"] and check["error"] <= check["allowed"] for check in checks)
 
 
+def test_a_compiled_model_that_is_given_embeddings(tmp_path):
+    """vLLM compiles it for embeddings instead of ids, as it does all multimodal models."""
+    run = doctor(tiny(tmp_path / "llama", LLAMA), *DUMMY, "--enable-prompt-embeds", "--json")
+    assert run.returncode == 0, run.stderr[-3000:]
+    checks = json.loads(run.stdout.strip().splitlines()[-1])
+    assert [check["layer"] for check in checks] == [0, 1, 2]
+    assert all(check["passed"] and check["compiled_error"] < 1e-3 for check in checks)
+
+
 def test_a_layer_that_only_pretends_stops_the_server(tmp_path):
     """`steer-server doctor` and the server share the start-up that refuses."""
     sabotage = {"PYTHONPATH": str(Path(__file__).parent / "sabotage")}

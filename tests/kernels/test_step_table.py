@@ -57,3 +57,16 @@ def test_every_token_finds_its_edits_where_they_are_written_and_read(steps):
             assert written == sorted(edits.shift[acting & (sites == site)].tolist())
             read = sorted(r["shift"] for r in found(step_table, token, site, "read"))
             assert read == sorted(edits.shift[acting & (source == site)].tolist())
+
+
+@given(st.integers(1, 70), st.integers(1, 4))
+def test_each_part_begins_on_a_line(tokens, n_groups):
+    """Triton compiles a kernel anew where a pointer is aligned and was not before, or the reverse."""
+    table = StepTable(torch.zeros(2, 8), SITES)
+    edits = build_edits([dict(start=i, stop=i + 1, write=0, read=-1) for i in range(n_groups)])
+    edits.stop[-1] = max(n_groups, tokens)
+    table.fill(edits, np.zeros(n_groups, dtype=np.int64), np.arange(n_groups))
+    assert table.longest_group == max(n_groups, tokens) - (n_groups - 1)
+    first = table.token_group.data_ptr()
+    for part in (table.first_write, table.first_read, table.records):
+        assert (part.data_ptr() - first) % 64 == 0

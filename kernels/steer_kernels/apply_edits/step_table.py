@@ -65,6 +65,8 @@ class StepTable:
         )
         self.stride = 0
         """Coefficients of a token."""
+        self.longest_group = 0
+        """Tokens from the first to the last of the group that has most."""
         self.rankings: dict[int, list[Ranking]] = {}
         """By the site where they are read."""
         self._turn = 0
@@ -100,6 +102,7 @@ class StepTable:
         np.minimum.at(first, group, edits.start)
         last = np.zeros(n_groups, dtype=np.int64)
         np.maximum.at(last, group, edits.stop)
+        self.longest_group = int((last - first).max())
         edges = np.stack([first, last], axis=1).ravel()
         labels = np.stack([np.full(n_groups, -1), np.arange(n_groups)], axis=1).ravel()
         token_group[:n_tokens] = np.repeat(labels, np.diff(edges, prepend=0))
@@ -117,7 +120,7 @@ class StepTable:
 
     @property
     def held_tokens(self) -> int:
-        """Length of token_group: tokens from there on are nobody's."""
+        """Tokens from there on are nobody's."""
         return self._sizes[0]
 
     def _rankings(self, edits: SiteEdits, source: IntArray) -> dict[int, list[Ranking]]:
@@ -153,7 +156,9 @@ class StepTable:
         """sizes: tokens, groups and edits to make room for."""
         tokens, groups, edits = self._sizes = sizes
         offsets = groups * self.n_sites + 1
-        self._starts = np.cumsum([0, tokens, offsets, offsets, edits * WORDS]).tolist()
+        # Each part begins on a line: Triton compiles a kernel for pointers that do and another for those that do not.
+        lines = [-(-words // WORDS) for words in (tokens, offsets, offsets, edits * WORDS)]
+        self._starts = (np.cumsum([0, *lines]) * WORDS).tolist()
         on_gpu = self.bank.device.type == "cuda"
         self._hosts = [
             torch.zeros(self._starts[-1], dtype=torch.int32, pin_memory=on_gpu)

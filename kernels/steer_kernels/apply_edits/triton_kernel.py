@@ -37,8 +37,8 @@ from steer_kernels.triton_target import triton_backend
 BLOCK = 32
 """Tokens of a program in the grouped form."""
 GROUPED_FROM = 256
-"""Tokens of a forward from which on the grouped form is launched too: more than decode ever has, so that decode pays
-one launch."""
+"""Tokens of a forward from which on the grouped form is launched too, if a group has a block of them at all: decode,
+where each has one, pays one launch."""
 
 _LAYER_NORM = tl.constexpr(int(TokenNorm.LAYER_NORM))
 _CONSTANT_NORM = tl.constexpr(int(TokenNorm.CONSTANT_NORM))
@@ -298,7 +298,8 @@ def apply_table(hidden: torch.Tensor, residual: torch.Tensor | None, table: Step
     """Edit `hidden` [tokens, d_model] in place by what `table` holds for `site`; leave behind what later sites read.
 
     residual: as in `apply_edits`. Both have contiguous rows and the bank's dtype. Sites of one forward run in order.
-    Legal in a CUDA graph, while the table does not grow: the launches depend on shapes alone.
+    Legal in a CUDA graph, while the table does not grow and `longest_group` stays on one side of BLOCK: the launches
+    depend on nothing else but shapes.
     """
     # The rest, padding among it, is nobody's.
     n_tokens, d_model = min(len(hidden), table.held_tokens), hidden.shape[1]
@@ -310,7 +311,7 @@ def apply_table(hidden: torch.Tensor, residual: torch.Tensor | None, table: Step
     )  # fmt: skip
     rank(hidden, residual, table, site)
     has = dict(HAS_RESIDUAL=residual is not None, HAS_RANKED=site in table.rankings)
-    block = BLOCK if n_tokens >= GROUPED_FROM else 0
+    block = BLOCK if n_tokens >= GROUPED_FROM and table.longest_group >= BLOCK else 0
     for grouped in (False, True) if block else (False,):
         meta = launch_meta(grouped, d_model, hidden.dtype, triton_backend())
         grid = (n_tokens // BLOCK if grouped else n_tokens,)

@@ -63,6 +63,15 @@ def _run_tokens(runner: Any, tokens: int, compiled: bool) -> torch.Tensor:
     """
     from vllm.forward_context import set_forward_context
 
+    model = runner.get_model()
+    stage = stage_input(model, tokens, runner.model_config.dtype, runner.device)
+    input_ids: torch.Tensor | None = torch.ones(tokens, dtype=torch.int32, device=runner.device)
+    inputs_embeds = None
+    config = runner.model_config
+    if stage is None and (config.supports_multimodal_inputs or config.enable_prompt_embeds):
+        # As vLLM calls such models, and compiled them: with embeddings, and with ids only for those that want both.
+        inputs_embeds = model.embed_input_ids(input_ids)
+        input_ids = input_ids if getattr(model, "requires_raw_input_tokens", False) else None
     positions = torch.zeros(tokens, dtype=torch.int64, device=runner.device)
     if runner.model_config.uses_mrope:
         positions = positions.expand(3, -1)
@@ -79,11 +88,8 @@ def _run_tokens(runner: Any, tokens: int, compiled: bool) -> torch.Tensor:
         for impl in attention:
             impl.forward = _no_attention
         with set_forward_context(None, runner.vllm_config, num_tokens=tokens, skip_compiled=not compiled):
-            output = runner.get_model()(
-                input_ids=torch.ones(tokens, dtype=torch.int32, device=runner.device),
-                positions=positions,
-                intermediate_tensors=stage_input(runner.get_model(), tokens, runner.model_config.dtype, runner.device),
-                inputs_embeds=None,
+            output = model(
+                input_ids=input_ids, positions=positions, intermediate_tensors=stage, inputs_embeds=inputs_embeds
             )
     finally:
         for impl in attention:

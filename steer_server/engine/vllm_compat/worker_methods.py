@@ -38,12 +38,13 @@ def _install_worker_base(module: ModuleType) -> None:
 
 
 def _compile_or_warm_up_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    result = original(self, *args, **kwargs)
     armed = self.model_runner.armed
+    if armed is not None and armed.steering.table is not None:
+        # Before: once vLLM has warmed up, it takes a kernel that is compiled for one that a request waits for.
+        bank = armed.steering.bank.rows
+        run_kernel_test(bank.shape[1], bank.dtype, bank.device, armed.steering.encoders)
+    result = original(self, *args, **kwargs)
     if armed is not None:
-        if armed.steering.table is not None:
-            table = armed.steering.table
-            run_kernel_test(table.bank.shape[1], table.bank.dtype, table.bank.device)
         self.steering_checks = check_sites(self.model_runner)
         layers = sum(HookPoint.parse(check.site).kind == "resid_post" for check in self.steering_checks)
         others = len(self.steering_checks) - layers
