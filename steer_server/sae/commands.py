@@ -38,7 +38,7 @@ SaeArgument = Annotated[
     str,
     typer.Argument(
         metavar="SAE",
-        help="A shipped SAE by name, or the folder, file or hf://OWNER/REPO[/PATH] of one, as PATH[?OPTIONS].",
+        help="A shipped SAE by name, or the folder, file or hf://OWNER/REPO/PATH of one, as PATH[?OPTIONS].",
     ),
 ]
 StoreOption = Annotated[
@@ -79,7 +79,7 @@ def inspect(sae: SaeArgument, as_json: JsonOption = False) -> None:
 def convert(
     source: Annotated[
         str,
-        typer.Argument(metavar="IN", help="The folder, file or hf://OWNER/REPO[/PATH] of an SAE, as PATH[?OPTIONS]."),
+        typer.Argument(metavar="IN", help="The folder, file or hf://OWNER/REPO/PATH of an SAE, as PATH[?OPTIONS]."),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make, in SAELens' format.")],
     hook: Annotated[
