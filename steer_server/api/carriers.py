@@ -62,8 +62,8 @@ def admit_request(input_processor: Any, request: Any, http_request: Any) -> Admi
 
 def _refuse_unsupported(request: Any, http_request: Any, root: str) -> None:
     # Other front ends than vLLM's, such as Ray Serve's, hand over a request that belongs to no application.
-    app = None if http_request is None else http_request.scope.get("app")
-    if http_request is not None and not (app and getattr(app.state, "steering", None)):
+    state = None if http_request is None else getattr(http_request.scope.get("app"), "state", None)
+    if http_request is not None and not getattr(state, "steering", None):
         raise SteeringError(
             "this server was started without Steer Server's HTTP side: name steer_server in VLLM_PLUGINS", root
         )

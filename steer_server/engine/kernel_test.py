@@ -70,16 +70,18 @@ def run_kernel_test(
 def _clear_feature(encoder: TopKEncoder) -> int | None:
     """A feature whose membership, where the stream is its own direction, no rounding decides; None where none is found,
     as in an encoder that was not trained."""
-    features = torch.arange(min(CANDIDATES, encoder.group_size), device=encoder.b_enc.device)
-    columns = encoder.W_enc[:, features]
+    # Of the first group, which ranks by itself.
+    W_enc, b_enc = encoder.W_enc[:, : encoder.group_size], encoder.b_enc[: encoder.group_size]
+    features = torch.arange(min(CANDIDATES, encoder.group_size), device=b_enc.device)
+    columns = W_enc[:, features]
     streams = (columns / columns.square().sum(0).clamp(min=1e-30)).T
-    pre_acts = torch.addmm(encoder.b_enc, streams, encoder.W_enc)[:, : encoder.group_size]
+    pre_acts = torch.addmm(b_enc, streams, W_enc)
     own = pre_acts.gather(1, features.unsqueeze(1)).squeeze(1)
     others = (pre_acts.abs() if encoder.absolute else pre_acts).scatter(1, features.unsqueeze(1), -torch.inf)
     # Ahead of the last that would survive without it.
     margin = own - others.topk(min(encoder.k, others.shape[1]), dim=1).values[:, -1]
     # A bias could put it above the threshold by itself.
-    margin = torch.where(encoder.b_enc[features] < 0.25, margin, -torch.inf)
+    margin = torch.where(b_enc[features] < 0.25, margin, -torch.inf)
     return int(margin.argmax()) if bool(margin.max() > CLEAR) else None
 
 

@@ -8,7 +8,6 @@ from steer_server.engine.config import ModelFacts, parse_options, resolve_config
 from steer_server.engine.vllm_compat.armed_model import ArmedModel
 from steer_server.engine.vllm_compat.cuda_graphs import OP_NAME, choose_graphs_for, split_at_the_op
 from steer_server.engine.worker import WorkerSteering
-from steer_server.plugin import register
 from tests.e2e.tiny_models import LLAMA, tiny
 from tests.tensors import inline
 
@@ -18,13 +17,11 @@ DECODE = [(1, 1), (3, 4), (8, 8)]
 
 
 @pytest.fixture(scope="module")
-def vllm_config(tmp_path_factory):
-    """As a GPU has it: compiled, with CUDA graphs of SIZES. Also a process group of one, which the V2 chooser asks."""
-    from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig, set_current_vllm_config
-    from vllm.distributed import parallel_state
+def vllm_config(tmp_path_factory, process_group):
+    """As a GPU has it: compiled, with CUDA graphs of SIZES."""
+    from vllm.config import CompilationMode, CUDAGraphMode
     from vllm.engine.arg_utils import EngineArgs
 
-    register()
     model = tiny(tmp_path_factory.mktemp("llama"), LLAMA)
     settings = {"load_format": "dummy", "skip_tokenizer_init": True, "dtype": "float32", "max_num_seqs": 8}
     config = EngineArgs(str(model), **settings).create_engine_config()
@@ -33,13 +30,7 @@ def vllm_config(tmp_path_factory):
     compilation.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
     compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size = SIZES, SIZES[-1]
     split_at_the_op(compilation)
-    rendezvous = tmp_path_factory.mktemp("rendezvous") / "file"
-    with set_current_vllm_config(VllmConfig()):
-        parallel_state.init_distributed_environment(1, 0, f"file://{rendezvous}", 0, "gloo")
-        parallel_state.ensure_model_parallel_initialized(1, 1)
-    yield config
-    parallel_state.destroy_model_parallel()
-    parallel_state.destroy_distributed_environment()
+    return config
 
 
 @pytest.fixture

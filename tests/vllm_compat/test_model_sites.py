@@ -10,7 +10,6 @@ import transformers
 from sae_models import HookPoint
 from steer_kernels.apply_edits import CapturingSite, bind_sites, prepare_edits
 from steer_server.engine.vllm_compat.decoder_layers import find_decoder_layers, find_places
-from steer_server.plugin import register
 from tests.kernels.test_apply_edits import build_edits
 from tests.oracle.hf_sites import hook
 
@@ -122,23 +121,8 @@ def value_of_the_only_token(layer, query, key, value, kv_cache, metadata, output
     return output.copy_(value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).reshape(output.shape))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process_group(tmp_path_factory):
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import parallel_state
-
-    register()
-    rendezvous = tmp_path_factory.mktemp("rendezvous") / "file"
-    with set_current_vllm_config(VllmConfig()):
-        parallel_state.init_distributed_environment(1, 0, f"file://{rendezvous}", 0, "gloo")
-        parallel_state.ensure_model_parallel_initialized(1, 1)
-    yield
-    parallel_state.destroy_model_parallel()
-    parallel_state.destroy_distributed_environment()
-
-
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def pair(request, tmp_path_factory):
+def pair(request, tmp_path_factory, process_group):
     return Pair(ARCHITECTURES[request.param], tmp_path_factory.mktemp(request.param))
 
 

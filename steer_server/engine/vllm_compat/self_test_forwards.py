@@ -63,17 +63,16 @@ def _run_tokens(runner: Any, tokens: int, compiled: bool) -> torch.Tensor:
     """
     from vllm.forward_context import set_forward_context
 
-    model = runner.get_model()
-    stage = stage_input(model, tokens, runner.model_config.dtype, runner.device)
+    model, config = runner.get_model(), runner.model_config
+    stage = stage_input(model, tokens, config.dtype, runner.device)
     input_ids: torch.Tensor | None = torch.ones(tokens, dtype=torch.int32, device=runner.device)
     inputs_embeds = None
-    config = runner.model_config
     if stage is None and (config.supports_multimodal_inputs or config.enable_prompt_embeds):
         # As vLLM calls such models, and compiled them: with embeddings, and with ids only for those that want both.
         inputs_embeds = model.embed_input_ids(input_ids)
         input_ids = input_ids if getattr(model, "requires_raw_input_tokens", False) else None
     positions = torch.zeros(tokens, dtype=torch.int64, device=runner.device)
-    if runner.model_config.uses_mrope:
+    if config.uses_mrope:
         positions = positions.expand(3, -1)
     if runner.lora_config is not None:
         # No adapter: else layers take the mapping of whatever ran last, if any did.

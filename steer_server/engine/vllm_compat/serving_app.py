@@ -26,19 +26,27 @@ def api_key(args: Any) -> str | None:
     return next((key for key in (args.api_key or [envs.VLLM_API_KEY]) if key), None)
 
 
+def serve_arguments(arguments: list[str]) -> Any:
+    """The arguments of `vllm serve`, parsed as it parses them; `model` is set. Exits where one is wrong."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
+    args.model = args.model_tag
+    return args
+
+
 @asynccontextmanager
 async def serving_app(arguments: list[str]) -> AsyncIterator[Serving]:
     """Start the engine that `vllm serve *arguments` would start, and build the application it would serve."""
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
     from vllm.entrypoints.launchers.app import build_app
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
     from vllm.reasoning import ReasoningParserManager
     from vllm.tool_parsers import ToolParserManager
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
-    args.model = args.model_tag
+    args = serve_arguments(arguments)
     args.serves_batches = False
     validate_parsed_serve_args(args)
     if args.tool_parser_plugin:
