@@ -29,6 +29,8 @@ from triton.compiler import ASTSource
 from steer_kernels.apply_edits import membership
 from steer_kernels.apply_edits import triton_kernel as apply_edits
 from steer_kernels.count_above import triton_kernel as count_above
+from steer_kernels.count_above.triton_kernel import MAX_GIVEN
+from steer_kernels.count_above_screened import triton_kernel as count_screened
 from steer_kernels.decode_sparse import triton_kernel as decode_sparse
 from steer_kernels.encode_threshold import triton_kernel as encode_threshold
 from steer_kernels.encode_topk import triton_kernel as encode_topk
@@ -143,7 +145,7 @@ def launches(architecture: Architecture) -> Iterator[Launch]:
 
 
 def _screens(architecture: Architecture) -> Iterator[Launch]:
-    """encode_topk_screened, where it is worth it: decode of few and of 64 requests."""
+    """encode_topk_screened, which count_above_screened launches too, where it is worth it: 1 and 64 tokens."""
     op, d_sae, k = "encode_topk_screened", 131_072, 64
     capacity, n_tiles = screened.default_capacity(k), triton.cdiv(d_sae, FEATURES)
     slots = min(slots_per_tile(d_sae, capacity), screened.MAX_KEPT // n_tiles)
@@ -155,11 +157,13 @@ def _screens(architecture: Architecture) -> Iterator[Launch]:
             tile = tile_shape(tokens, dtype, architecture.target.backend)
             shape = f"{tokens} tokens, {name}"
             constants = dict(HAS_SCALE=True, ABSOLUTE=True, TOKENS=tile.tokens, FEATURES=FEATURES, INNER=tile.inner)
+            # Gated, as count_above_screened launches it, is ungated and one load more.
+            gated = constants | dict(GATED=True)
             warps = screened.screen_shape(tokens, dtype, architecture.target.backend).warps
             for copy, pointer in copies.items():
                 types = {"x_ptr": f"*{name}", "weights_ptr": pointer}
                 screen = f"{shape}, {copy}"
-                yield Launch(screened._screen_tiles, op, screen, constants, types, warps=warps, stages=tile.stages)
+                yield Launch(screened._screen_tiles, op, screen, gated, types, warps=warps, stages=tile.stages)
             types = {"x_ptr": f"*{name}", "encoder_ptr": f"*{name}"}
             yield Launch(screened._rescore, op, shape, constants, types, warps=tile.warps, stages=tile.stages)
     for meta, kernel in (
@@ -167,7 +171,9 @@ def _screens(architecture: Architecture) -> Iterator[Launch]:
         (screened.certify_meta(capacity, k) | dict(TOKENS=64), screened._certify),
     ):
         warps = meta.pop("num_warps")
-        yield Launch(kernel, op, f"d_sae {d_sae}, k {k}", meta, {}, warps=warps, stages=3)
+        yield Launch(kernel, op, f"d_sae {d_sae}, k {k}", meta | dict(GATED=True), {}, warps=warps, stages=3)
+    given = dict(GIVEN=MAX_GIVEN, PLACES=count_screened.PLACES)
+    yield Launch(count_screened._place_given, "count_above_screened", f"k {k}", given, {}, warps=1, stages=3)
 
 
 POINTERS = {
@@ -189,6 +195,8 @@ POINTERS = {
     "ahead_ptr": "*i32",
     "keys_ptr": "*i32",
     "to_rank_ptr": "*i32",
+    "to_rank_tiles_ptr": "*i32",
+    "asked_tiles_ptr": "*i32",
     "candidates_ptr": "*i64",
     "n_candidates_ptr": "*i32",
     "rest_ptr": "*i32",

@@ -21,6 +21,9 @@ def pre_activation_blocks(
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """(tokens, p [n, d_sae] float32) for all tokens in turn; p is fresh memory, the caller's to change."""
     size = max(1, BLOCK_BYTES // (4 * encoder.shape[0]))
+    if 0 < x.shape[0] <= size:
+        yield slice(0, x.shape[0]), _pre_activations(x, encoder, b_enc, scale)
+        return
     for start in range(0, x.shape[0], size):
         tokens = slice(start, min(start + size, x.shape[0]))
         yield tokens, _pre_activations(x[tokens], encoder, b_enc, None if scale is None else scale[tokens])

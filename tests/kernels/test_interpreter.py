@@ -11,7 +11,15 @@ import pytest
 from tests.kernels.conftest import INTERPRETED
 
 ROOT = Path(__file__).parents[2]
-KERNELS = ("apply_edits", "encode_topk", "encode_topk_screened", "encode_threshold", "count_above", "decode_sparse")
+KERNELS = (
+    "apply_edits",
+    "encode_topk",
+    "encode_topk_screened",
+    "encode_threshold",
+    "count_above",
+    "count_above_screened",
+    "decode_sparse",
+)
 
 
 @pytest.mark.interprets

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from steer_kernels.count_above import count_above
+from steer_kernels.count_above_screened import count_above_screened
 from steer_kernels.decode_sparse import decode_sparse
 from steer_kernels.eight_bit import quantise
 from steer_kernels.encode_threshold import encode_threshold
@@ -24,6 +25,8 @@ CALLS = [
     (encode_threshold, (X.bfloat16(), W.bfloat16(), B, torch.zeros(40), 7, SCALE)),
     (count_above, (X, W, B, FEATURES, 0.0, False, None)),
     (count_above, (X, W, B, FEATURES.int(), float("-inf"), True, SCALE)),
+    (count_above_screened, (X, W, B, *EIGHT_BIT, FEATURES, 6, 0.0, False, None)),
+    (count_above_screened, (X.half(), W.half(), B, *EIGHT_BIT, FEATURES.int(), 6, float("-inf"), True, SCALE)),
     (decode_sparse, (FEATURES, FEATURES.float(), W, None, None, None, torch.float32)),
     (decode_sparse, (FEATURES, FEATURES.float(), W.half(), X[0], SCALE, X, torch.bfloat16)),
 ]
@@ -61,6 +64,8 @@ ERRORS = [
     (encode_threshold, (X, W, B, torch.zeros(3), 7, None), r"threshold must be \[40\] float32, not \[3\]"),
     (encode_threshold, (X, W, B, torch.zeros(40), 0, None), "capacity must be at least 1, not 0"),
     (count_above, (X, W, B, FEATURES[:4], 0.0, False, None), r"features must be \[5, n\] int32 or int64, not \[4, 2\]"),
+    (count_above_screened, (X, W, B, *EIGHT_BIT, FEATURES[:4], 6, 0.0, False, None), r"features must be \[5, n\] int"),
+    (count_above_screened, (X, W, B, *EIGHT_BIT, FEATURES, 41, 0.0, False, None), "between 1 and d_sae = 40, not 41"),
     (decode_sparse, (FEATURES, FEATURES[:4].float(), W, None, None, None, torch.float32), r"must be \[tokens, n\]"),
     (decode_sparse, (FEATURES, FEATURES.float(), W.T, None, None, None, torch.float32), "decoder must have its rows"),
     (decode_sparse, (FEATURES, FEATURES.float(), W, B, None, None, torch.float32), r"b_dec must be \[8\], not \[40\]"),

@@ -8,12 +8,17 @@ from steer_kernels.count_above.torch_path import count_above_torch
 from steer_kernels.pre_activations import check_encoder
 
 
+def check_given(x: torch.Tensor, features: torch.Tensor) -> None:
+    """Raise ValueError where features cannot be what each token of x asks for."""
+    if features.ndim != 2 or len(features) != len(x) or features.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"features must be [{len(x)}, n] int32 or int64, not {list(features.shape)} {features.dtype}")
+
+
 def _check(
     x: torch.Tensor, encoder: torch.Tensor, b_enc: torch.Tensor, features: torch.Tensor, scale: torch.Tensor | None
 ) -> None:
     check_encoder(x, encoder, b_enc, scale)
-    if features.ndim != 2 or len(features) != len(x) or features.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"features must be [{len(x)}, n] int32 or int64, not {list(features.shape)} {features.dtype}")
+    check_given(x, features)
 
 
 def _count_above_cpu(

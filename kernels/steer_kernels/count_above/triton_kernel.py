@@ -2,7 +2,7 @@
 
 Two launches:
 
-1. `_given_features`: p of each token's own features, and which tiles of tokens have one to rank.
+1. `_given_features`: p of each token's own features, and which tokens, and tiles of them, have one to rank.
 2. `_count_ahead`: the matrix product over the whole SAE, whose tiles are compared with those p and forgotten. A program
    whose tokens have nothing to rank returns before it reads anything of the encoder: a step that needs no ranks costs
    the launches.
@@ -13,6 +13,8 @@ integers, so the order in which programs add theirs does not show.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +24,7 @@ from steer_kernels.encoder_tile import NAN_KEY, TAKEN, pre_activation_tile, rank
 from steer_kernels.pre_activations import row_major
 from steer_kernels.tile_shapes import FEATURES, MAX_TOKENS, tile_shape
 from steer_kernels.triton_target import triton_backend
+from steer_kernels.wanted import Wanted
 
 MAX_GIVEN = FEATURES
 """Features a token can ask for: they fill one tile."""
@@ -42,6 +45,7 @@ def _given_features(
     ahead_ptr,
     keys_ptr,
     to_rank_ptr,
+    to_rank_tiles_ptr,
     n_tokens,
     d_sae,
     d_in,
@@ -68,6 +72,7 @@ def _given_features(
         tl.store(p_ptr + token * n_given + at, tl.zeros([FEATURES], dtype=tl.float32), mask=at < n_given)
         tl.store(ahead_ptr + token * n_given + at, tl.full([FEATURES], 1, tl.int32) * d_sae, mask=at < n_given)
         tl.store(keys_ptr + token * n_given + at, tl.full([FEATURES], 1, tl.int32) * TAKEN, mask=at < n_given)
+        tl.store(to_rank_ptr + token, 0)
         return
     tile = pre_activation_tile(
         x_ptr, encoder_ptr, b_enc_ptr, scale_ptr, rows, own, given, asked,
@@ -82,7 +87,9 @@ def _given_features(
     tl.store(p_ptr + token * n_given + at, p, mask=at < n_given)
     tl.store(ahead_ptr + token * n_given + at, tl.where(ranked, 0, d_sae), mask=at < n_given)
     tl.store(keys_ptr + token * n_given + at, tl.where(ranked, rank_key(p, ABSOLUTE), TAKEN), mask=at < n_given)
-    tl.atomic_max(to_rank_ptr + token // TOKENS, tl.max(ranked.to(tl.int32), axis=0))
+    some = tl.max(ranked.to(tl.int32), axis=0)
+    tl.store(to_rank_ptr + token, some)
+    tl.atomic_max(to_rank_tiles_ptr + token // TOKENS, some)
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -94,7 +101,7 @@ def _count_ahead(
     given_ptr,
     ahead_ptr,
     keys_ptr,
-    to_rank_ptr,
+    to_rank_tiles_ptr,
     n_tokens,
     d_sae,
     d_in,
@@ -109,7 +116,7 @@ def _count_ahead(
     FEATURES: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    if tl.load(to_rank_ptr + tl.program_id(0)) == 0:
+    if tl.load(to_rank_tiles_ptr + tl.program_id(0)) == 0:
         return
     # Tiles of tokens are the fast axis: those that read the same features run side by side and share them in L2.
     rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -165,17 +172,54 @@ def _one_pass(
     p: torch.Tensor,
     ahead: torch.Tensor,
 ) -> None:
-    (n_tokens, d_in), d_sae, n_given = x.shape, encoder.shape[0], features.shape[1]
-    shape = tile_shape(n_tokens, x.dtype, triton_backend())
-    token_tiles = triton.cdiv(n_tokens, shape.tokens)
-    keys, to_rank = workspace.carve(x.device, ((n_tokens, n_given), torch.int32), ((token_tiles,), torch.int32))
-    to_rank.zero_()
-    operands = (x, encoder, b_enc, b_enc if scale is None else scale, features)
-    sizes = (n_tokens, d_sae, d_in, x.stride(0), *encoder.stride(), features.stride(0), n_given)
-    meta = dict(
+    n_tokens, n_given = features.shape
+    operands, sizes, meta = _arguments(x, encoder, b_enc, features, scale, absolute)
+    keys, *to_rank = workspace.carve(x.device, ((n_tokens, n_given), torch.int32), *to_rank_pieces(n_tokens, x.dtype))
+    given_features(x, encoder, b_enc, features, floor, absolute, scale, p, ahead, keys, Wanted(*to_rank))
+    tiles = to_rank[1]
+    grid = (len(tiles), triton.cdiv(encoder.shape[0], FEATURES))
+    _count_ahead[grid](*operands, ahead, keys, tiles, *sizes, **meta)
+
+
+def to_rank_pieces(n_tokens: int, dtype: torch.dtype) -> tuple[tuple[tuple[int], torch.dtype], ...]:
+    """Shapes and dtypes of the two parts of `Wanted`."""
+    tile = tile_shape(n_tokens, dtype, triton_backend()).tokens
+    return ((n_tokens,), torch.int32), ((triton.cdiv(n_tokens, tile),), torch.int32)
+
+
+def given_features(
+    x: torch.Tensor,
+    encoder: torch.Tensor,
+    b_enc: torch.Tensor,
+    features: torch.Tensor,
+    floor: float,
+    absolute: bool,
+    scale: torch.Tensor | None,
+    p: torch.Tensor,
+    ahead: torch.Tensor,
+    keys: torch.Tensor,
+    to_rank: Wanted,
+) -> None:
+    """Write p of the given features; ahead, 0 where one is to be ranked and d_sae elsewhere; their rank keys, TAKEN
+    where none is to be ranked; and which tokens have one. p, ahead and keys are [tokens, n], row-major."""
+    operands, sizes, meta = _arguments(x, encoder, b_enc, features, scale, absolute)
+    to_rank.tiles.zero_()
+    _given_features[(len(x),)](*operands, p, ahead, keys, to_rank.tokens, to_rank.tiles, *sizes, floor, **meta)
+
+
+def _arguments(
+    x: torch.Tensor,
+    encoder: torch.Tensor,
+    b_enc: torch.Tensor,
+    features: torch.Tensor,
+    scale: torch.Tensor | None,
+    absolute: bool,
+) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...], dict[str, Any]]:
+    """(operands, sizes, constants) that both launches have in common."""
+    shape = tile_shape(len(x), x.dtype, triton_backend())
+    sizes = (*x.shape[:1], *encoder.shape, x.stride(0), *encoder.stride(), features.stride(0), features.shape[1])
+    constants = dict(
         HAS_SCALE=scale is not None, ABSOLUTE=absolute, TOKENS=shape.tokens, FEATURES=FEATURES, INNER=shape.inner,
         num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
-    _given_features[(n_tokens,)](*operands, p, ahead, keys, to_rank, *sizes, floor, **meta)
-    grid = (token_tiles, triton.cdiv(d_sae, FEATURES))
-    _count_ahead[grid](*operands, ahead, keys, to_rank, *sizes, **meta)
+    return (x, encoder, b_enc, b_enc if scale is None else scale, features), sizes, constants

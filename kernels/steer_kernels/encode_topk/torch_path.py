@@ -42,14 +42,28 @@ def _first(pre_acts: torch.Tensor, k: int, absolute: bool) -> tuple[torch.Tensor
 
 def _first_few(ranked: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(ranked, features), [n, k], by torch.topk, which leaves the order of equals open: None where any are, or NaN."""
-    n_seen = min(k + 1, ranked.shape[1])
-    values, features = ranked.topk(n_seen, dim=-1)
-    # One comparison finds both: NaN is not less than anything. numpy's overhead is a fraction of torch's.
-    seen = values.numpy()
-    if not (seen[:, 1:] < seen[:, :-1]).all() or (n_seen == 1 and bool(values.isnan().any())):
+    values, features = ranked.topk(min(k + 1, ranked.shape[1]), dim=-1)
+    if not _strictly_decreasing(values):
         return None
     # A compiled model takes what the fake implementation promises for granted, strides included.
-    return values[:, :k].contiguous(), features[:, :k].contiguous()
+    return values.narrow(1, 0, k).contiguous(), features.narrow(1, 0, k).contiguous()
+
+
+def _strictly_decreasing(values: torch.Tensor) -> bool:
+    """Whether each row falls from number to number, so that none of them are equal or NaN.
+
+    A loop: after a matrix product the caches hold none of the code of torch's or numpy's comparisons, and calling them
+    takes several times as long as so few numbers do.
+    """
+    for row in values.tolist():
+        last = row[0]
+        if last != last:
+            return False
+        for value in row[1:]:
+            if not value < last:
+                return False
+            last = value
+    return True
 
 
 def _first_in_groups(ranked: torch.Tensor, k: int) -> torch.Tensor:

@@ -34,6 +34,7 @@ from steer_kernels.encoder_tile import (
 from steer_kernels.pre_activations import row_major
 from steer_kernels.tile_shapes import FEATURES, MAX_TOKENS, slots_per_tile, tile_shape
 from steer_kernels.triton_target import triton_backend
+from steer_kernels.wanted import Wanted
 
 MAX_KEPT = 16384
 """Kept ranks that a program of `_select` holds in registers, 64 a thread at most. Tiles of larger SAEs keep fewer than
@@ -227,17 +228,6 @@ class EncodedTopK:
     values: torch.Tensor
     features: torch.Tensor
     full_tiles: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a pass is for: not zero where a token, or a tile of tokens with such a one, is to be encoded; both int32.
-
-    Other tokens are left as they are, and tiles without wanted ones read nothing of the encoder.
-    """
-
-    tokens: torch.Tensor
-    tiles: torch.Tensor
 
 
 def default_slots(d_sae: int, k: int) -> int:

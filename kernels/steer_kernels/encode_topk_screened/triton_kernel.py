@@ -27,7 +27,7 @@ import triton.language as tl
 
 from steer_kernels import workspace
 from steer_kernels.eight_bit import EightBitEncoder, token_sizes
-from steer_kernels.encode_topk.triton_kernel import EncodedTopK, Wanted, _write_in_order, default_slots, one_pass
+from steer_kernels.encode_topk.triton_kernel import EncodedTopK, _write_in_order, default_slots, one_pass
 from steer_kernels.encoder_tile import (
     EMPTY,
     TAKEN,
@@ -42,6 +42,7 @@ from steer_kernels.encoder_tile import (
 from steer_kernels.pre_activations import row_major
 from steer_kernels.tile_shapes import FEATURES, TileShape, slots_per_tile, tile_shape
 from steer_kernels.triton_target import converts_e4m3, triton_backend
+from steer_kernels.wanted import Wanted
 
 MAX_KEPT = 8192
 """Kept ranks, and as many lower ends, that a program of `_choose_candidates` holds in registers."""
@@ -71,12 +72,17 @@ def _screen_tiles(
     x_stride,
     n_tiles,
     slots,
+    asked_tiles_ptr,
     HAS_SCALE: tl.constexpr,
     ABSOLUTE: tl.constexpr,
+    GATED: tl.constexpr,
     TOKENS: tl.constexpr,
     FEATURES: tl.constexpr,
     INNER: tl.constexpr,
 ):
+    if GATED:  # noqa: SIM102 - compiled only where it is true, as the rest of an `and` would not be
+        if tl.load(asked_tiles_ptr + tl.program_id(0)) == 0:
+            return
     # Tiles of tokens are the fast axis: those that read the same features run side by side and share them in L2.
     rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     tile = tl.program_id(1)
@@ -117,11 +123,17 @@ def _choose_candidates(
     slots,
     k,
     capacity,
+    asked_ptr,
+    GATED: tl.constexpr,
     KEPT: tl.constexpr,
     TILES: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
+    if GATED:  # noqa: SIM102
+        if tl.load(asked_ptr + token) == 0:
+            tl.store(n_candidates_ptr + token, 0)
+            return
     n_kept = n_tiles * slots
     at = tl.arange(0, KEPT)
     kept = tl.load(kept_ptr + token * n_kept + at, mask=at < n_kept, other=EMPTY)
@@ -197,12 +209,18 @@ def _certify(
     features_ptr,
     k,
     capacity,
+    asked_ptr,
+    GATED: tl.constexpr,
     TOKENS: tl.constexpr,
     CAPACITY: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
+    if GATED:  # noqa: SIM102
+        if tl.load(asked_ptr + token) == 0:
+            tl.store(wanted_ptr + token, 0)
+            return
     n_candidates = tl.load(n_candidates_ptr + token)
     at = tl.arange(0, CAPACITY)
     packed = tl.load(candidates_ptr + token * capacity + at, mask=at < n_candidates, other=EMPTY)
@@ -256,10 +274,12 @@ def encode_topk_screened_triton(
     scale: torch.Tensor | None = None,
     capacity: int | None = None,
     slots: int | None = None,
+    asked: Wanted | None = None,
 ) -> ScreenedTopK:
     """As `encode_topk_triton`, to the bit, for one pass of tokens and k at most 1024.
 
-    capacity: candidates a token; slots: features that a tile keeps of the screen. Both cost time only.
+    capacity: candidates a token; slots: features that a tile keeps of the screen. Both cost time only. asked: of which
+    tokens, in tiles as `tile_shape` has them; the values and features of others are left unwritten.
     """
     if eight_bit.weights.dtype == torch.float8_e4m3fn and not converts_e4m3():
         raise ValueError("float8_e4m3fn needs an NVIDIA GPU of compute capability 8.9 or later: quantise to int8")
@@ -290,14 +310,17 @@ def encode_topk_screened_triton(
     )
     scale_there = b_enc if scale is None else scale
     meta = dict(HAS_SCALE=scale is not None, ABSOLUTE=absolute, FEATURES=FEATURES)
+    gated = asked is not None
+    asked_tokens, asked_tiles = (asked.tokens, asked.tiles) if asked is not None else (uncertain, uncertain)
     screen = screen_shape(n_tokens, x.dtype, triton_backend())
     _screen_tiles[(triton.cdiv(n_tokens, screen.tokens), n_tiles)](
         x, eight_bit.weights, eight_bit.step, eight_bit.slack, b_enc, scale_there, token_sizes(x, eight_bit, scale),
-        kept, lower, n_tokens, d_sae, d_in, x.stride(0), n_tiles, slots, **meta, **tile_meta(screen),
+        kept, lower, n_tokens, d_sae, d_in, x.stride(0), n_tiles, slots, asked_tiles,
+        GATED=gated, **meta, **tile_meta(screen),
     )  # fmt: skip
     _choose_candidates[(n_tokens,)](
-        kept, lower, candidates, n_candidates, rest, d_sae, n_tiles, slots, k, capacity,
-        **choose_meta(n_tiles * slots, n_tiles),
+        kept, lower, candidates, n_candidates, rest, d_sae, n_tiles, slots, k, capacity, asked_tokens,
+        GATED=gated, **choose_meta(n_tiles * slots, n_tiles),
     )  # fmt: skip
     _rescore[(n_tokens, triton.cdiv(capacity, FEATURES))](
         x, encoder, b_enc, scale_there, candidates, n_candidates,
@@ -305,7 +328,7 @@ def encode_topk_screened_triton(
     )  # fmt: skip
     _certify[(n_tokens,)](
         candidates, n_candidates, rest, first, uncertain, wanted.tiles, encoded.values, encoded.features, k, capacity,
-        TOKENS=shape.tokens, **certify_meta(capacity, k),
+        asked_tokens, GATED=gated, TOKENS=shape.tokens, **certify_meta(capacity, k),
     )  # fmt: skip
     one_pass(x, encoder, b_enc, scale, k, absolute, default_slots(d_sae, k), encoded, wanted)
     return ScreenedTopK(encoded.values, encoded.features, n_candidates, uncertain)
