@@ -173,7 +173,7 @@ def _screens(architecture: Architecture) -> Iterator[Launch]:
         warps = meta.pop("num_warps")
         yield Launch(kernel, op, f"d_sae {d_sae}, k {k}", meta | dict(GATED=True), {}, warps=warps, stages=3)
     given = dict(GIVEN=MAX_GIVEN, PLACES=count_screened.PLACES)
-    yield Launch(count_screened._place_given, "count_above_screened", f"k {k}", given, {}, warps=1, stages=3)
+    yield Launch(count_screened._place_given, "count_above_screened", f"k {k}", given, {}, warps=4, stages=3)
 
 
 POINTERS = {

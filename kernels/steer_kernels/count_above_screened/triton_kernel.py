@@ -24,7 +24,7 @@ from steer_kernels.encode_topk_screened.triton_kernel import encode_topk_screene
 from steer_kernels.pre_activations import row_major
 from steer_kernels.wanted import Wanted
 
-PLACES = 32
+PLACES = 16
 """Places of the k first that are compared with all given features at once."""
 
 
@@ -99,6 +99,6 @@ def count_above_screened_triton(
     )
     _place_given[(n_tokens,)](
         features, ahead, screened.features, to_rank.tokens, features.stride(0), n_given, k,
-        GIVEN=max(16, triton.next_power_of_2(n_given)), PLACES=PLACES, num_warps=1,
+        GIVEN=max(16, triton.next_power_of_2(n_given)), PLACES=PLACES, num_warps=4,
     )  # fmt: skip
     return CountedAbove(p, ahead, to_rank.tokens, screened.uncertain)

@@ -27,5 +27,17 @@ def _keep_asynchronous_scheduling(platform):
     platform.CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 
 
+def _take_masks_of_any_integer(interpreter):
+    """Compiled, what `&` makes of scalar conditions is a mask too; the interpreter calls it an integer."""
+    load = interpreter.InterpreterBuilder.create_masked_load
+
+    def create_masked_load(self, pointers, mask, *others):
+        mask.data = mask.data.astype(bool)
+        return load(self, pointers, mask, *others)
+
+    interpreter.InterpreterBuilder.create_masked_load = create_masked_load
+
+
+register_post_import_hook(_take_masks_of_any_integer, "triton.runtime.interpreter")
 register_post_import_hook(_add_cpu_backend, "triton.backends")
 register_post_import_hook(_keep_asynchronous_scheduling, "vllm.platforms.cpu")
