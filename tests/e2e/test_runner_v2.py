@@ -1,4 +1,4 @@
-"""The V2 model runner without a GPU: `runner_v2_cases.py` in a process where Triton interprets vLLM's kernels."""
+"""The V2 model runner without a GPU: `runner_v2_*cases.py`, each where Triton interprets vLLM's kernels."""
 
 import os
 import re
@@ -12,8 +12,13 @@ E2E = Path(__file__).parent
 ROOT = E2E.parents[1]
 
 
+CASES = {"runner_v2_cases.py": 9, "runner_v2_drafts_cases.py": 1, "runner_v2_stages_cases.py": 1}
+"""Files, and how many tests they have at least."""
+
+
 @pytest.mark.engine
-def test_the_v2_runner():
+@pytest.mark.parametrize("cases", CASES)
+def test_the_v2_runner(cases):
     environment = {
         "PYTHONPATH": os.pathsep.join([str(E2E / "interpreted"), os.environ.get("PYTHONPATH", "")]),
         "VLLM_USE_V2_MODEL_RUNNER": "1",
@@ -21,7 +26,7 @@ def test_the_v2_runner():
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
     }
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(E2E / "runner_v2_cases.py")],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(E2E / cases)],
         cwd=ROOT,
         env=os.environ | environment,
         capture_output=True,
@@ -30,5 +35,7 @@ def test_the_v2_runner():
     )
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     summary = result.stdout.strip().splitlines()[-1]
-    assert re.match(r"\d+ passed", summary)
+    passed = re.match(r"(\d+) passed", summary)
+    assert passed is not None
+    assert int(passed[1]) >= CASES[cases]
     assert "skipped" not in summary

@@ -98,20 +98,14 @@ def test_cuda_graphs_that_cannot_be_split_at_the_op_are_refused(create):
         refuse_unsupported(vllm_config)
 
 
-@pytest.mark.parametrize("options", [{"speculative_config": NGRAM}, {"pipeline_parallel_size": 2}])
-def test_what_only_the_v1_runner_does_is_refused_on_the_v2_runner(create, options, monkeypatch):
-    vllm_config = create(**options)
-    monkeypatch.setattr(type(vllm_config), "use_v2_model_runner", property(lambda self: True))
-    with pytest.raises(ConfigError, match=r"on the V2 model runner\. Set VLLM_USE_V2_MODEL_RUNNER=0"):
-        refuse_unsupported(vllm_config)
-
-
-def test_drafts_under_asynchronous_scheduling_are_refused(create):
+def test_drafts_under_asynchronous_scheduling_are_for_the_v2_runner(create, monkeypatch):
     """vLLM turns it off on the CPU, so it is turned on here."""
     vllm_config = create(speculative_config=NGRAM)
     vllm_config.scheduler_config.async_scheduling = True
-    with pytest.raises(ConfigError, match="Add --no-async-scheduling"):
+    with pytest.raises(ConfigError, match=r"on the V1 model runner\. Add --no-async-scheduling"):
         refuse_unsupported(vllm_config)
+    monkeypatch.setattr(type(vllm_config), "use_v2_model_runner", property(lambda self: True))
+    refuse_unsupported(vllm_config)
 
 
 def test_the_rust_front_end_is_refused(create, monkeypatch):

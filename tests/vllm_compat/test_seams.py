@@ -132,7 +132,7 @@ def test_names_of_the_v2_runner():
         assert parameters(state.remove_request) == ["req_id"]
         assert parameters(state.preprocess_state)[0] == "input_batch"
     fields = {field.name for field in dataclasses.fields(InputBatch)}
-    assert {"req_ids", "num_computed_tokens_np", "num_scheduled_tokens"} <= fields
+    assert {"req_ids", "num_reqs", "num_computed_tokens_np", "num_scheduled_tokens", "seq_lens"} <= fields
     assert "model_runner_output" in parameters(AsyncOutput.__init__)
     assert {"req_id", "sampling_params"} <= {field.name for field in dataclasses.fields(NewRequestData)}
     assert isinstance(NewRequestData.prompt_len, property)

@@ -13,6 +13,7 @@ from torch import nn
 
 from sae_models import HookPoint
 from steer_server.engine.vllm_compat.patching import when_imported, wrap
+from steer_server.engine.worker import WorkerSteering
 
 KEY = "steering_missing_sites"
 """Among the tensors that one stage sends to the next."""
@@ -84,22 +85,35 @@ def decode_missing(data: torch.Tensor) -> list[str]:
     return sites
 
 
+def take_missing(steering: WorkerSteering, intermediate_tensors: Any) -> None:
+    """Take out of what a stage received which sites the stages before it missed. Waits for it."""
+    if intermediate_tensors is not None:
+        received = intermediate_tensors.tensors.pop(KEY, None)
+        steering.missing_before = UNREPORTED if received is None else decode_missing(received)
+
+
+def hand_on_missing(steering: WorkerSteering, output: Any, tensor_parallel_size: int) -> Any:
+    """The output of a forward; with what was missed up to here in it, where it goes to the stage behind."""
+    from vllm.sequence import IntermediateTensors
+
+    if not isinstance(output, IntermediateTensors):
+        return output
+    report = steering.take_report()
+    if report is None:
+        return output
+    missing = encode_missing(report.missing_sites, tensor_parallel_size)
+    return IntermediateTensors({**output.tensors, KEY: missing})
+
+
 def _sync_and_gather(original: Any, self: Any, num_tokens: int, intermediate_tensors: Any, sync_self: bool) -> Any:
     # Here, because reading them waits for them, and this is where vLLM does.
-    if self.armed is not None and intermediate_tensors is not None:
-        received = intermediate_tensors.tensors.pop(KEY, None)
-        self.armed.steering.missing_before = UNREPORTED if received is None else decode_missing(received)
+    if self.armed is not None:
+        take_missing(self.armed.steering, intermediate_tensors)
     return original(self, num_tokens, intermediate_tensors, sync_self)
 
 
 def _execute_model(original: Any, self: Any, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
-    from vllm.sequence import IntermediateTensors
-
     output = original(self, scheduler_output, intermediate_tensors)
-    if self.armed is None or not isinstance(output, IntermediateTensors):
+    if self.armed is None:
         return output
-    report = self.armed.steering.take_report()
-    if report is None:
-        return output
-    missing = encode_missing(report.missing_sites, self.parallel_config.tensor_parallel_size)
-    return IntermediateTensors({**output.tensors, KEY: missing})
+    return hand_on_missing(self.armed.steering, output, self.parallel_config.tensor_parallel_size)

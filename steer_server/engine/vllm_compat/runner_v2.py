@@ -12,6 +12,7 @@ from steer_server.engine.vllm_compat.armed_model import ArmedModel, arm
 from steer_server.engine.vllm_compat.cuda_graphs import choose_graphs_for
 from steer_server.engine.vllm_compat.engine_config import steering_config
 from steer_server.engine.vllm_compat.patching import when_imported, wrap
+from steer_server.engine.vllm_compat.pipeline import hand_on_missing, take_missing
 
 
 def install() -> None:
@@ -27,7 +28,7 @@ def _install_runner(module: ModuleType) -> None:
     runner = module.GPUModelRunner
     # The state of a model that nothing steers is vLLM's own.
     runner.armed = property(lambda self: getattr(self.model_state, "armed", None))
-    wrap(runner, "execute_model", ("scheduler_output", "dummy_run"), _execute_model)
+    wrap(runner, "execute_model", ("scheduler_output", "intermediate_tensors"), _execute_model)
     wrap(runner, "sample_tokens", (), _sample_tokens)
 
 
@@ -50,6 +51,9 @@ def steered(chosen: Any) -> Any:
             assert armed is not None
             self.armed: ArmedModel = armed
             self._in_forward = False
+            self._positions_on_device = (
+                vllm_config.speculative_config is not None and vllm_config.scheduler_config.async_scheduling
+            )
 
         def add_request(self, req_index: int, new_req_data: Any) -> None:
             super().add_request(req_index, new_req_data)
@@ -66,8 +70,11 @@ def steered(chosen: Any) -> Any:
             steering = self.armed.steering
             if not steering.has_work:
                 return
-            # Of a request with drafts these are upper bounds of what the GPU knows; speculative decoding is refused.
             starts, counts = input_batch.num_computed_tokens_np, input_batch.num_scheduled_tokens
+            if self._positions_on_device:
+                # The scheduler took all drafts of the step before for accepted. How many were, the device finds out: a
+                # step that is steered waits for it.
+                starts = input_batch.seq_lens[: input_batch.num_reqs].cpu().numpy() - counts
             steering.begin_step(input_batch.req_ids, starts, counts)
             self._in_forward = True
 
@@ -80,14 +87,20 @@ def steered(chosen: Any) -> Any:
     return SteeredModelState
 
 
-def _execute_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+def _execute_model(
+    original: Any, self: Any, scheduler_output: Any, intermediate_tensors: Any = None, *args: Any, **kwargs: Any
+) -> Any:
     if self.cudagraph_manager is not None:
         choose_graphs_for(self.armed, self.cudagraph_manager)
+    if self.armed is None:
+        return original(self, scheduler_output, intermediate_tensors, *args, **kwargs)
     try:
-        return original(self, *args, **kwargs)
+        output = original(self, scheduler_output, intermediate_tensors, *args, **kwargs)
+        # Behind the forward, which had to wait for them.
+        take_missing(self.armed.steering, intermediate_tensors)
     finally:
-        if self.armed is not None:
-            self.model_state.end_forward()
+        self.model_state.end_forward()
+    return hand_on_missing(self.armed.steering, output, self.parallel_config.tensor_parallel_size)
 
 
 def _sample_tokens(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:

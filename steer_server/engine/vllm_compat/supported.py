@@ -26,10 +26,6 @@ def refuse_unsupported(vllm_config: Any) -> None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     speculative, staged = vllm_config.speculative_config, parallel.pipeline_parallel_size > 1
     refusals = [
-        (
-            vllm_config.use_v2_model_runner and (staged or speculative is not None),
-            "pipeline parallelism and speculative decoding on the V2 model runner. Set VLLM_USE_V2_MODEL_RUNNER=0",
-        ),
         (os.environ.get("VLLM_USE_RUST_FRONTEND") == "1", "the Rust front end. Unset VLLM_USE_RUST_FRONTEND"),
         (
             speculative is not None and speculative.method not in DRAFTING,
@@ -37,9 +33,11 @@ def refuse_unsupported(vllm_config: Any) -> None:
             f"method to {' or '.join(DRAFTING)}",
         ),
         (
-            speculative is not None and vllm_config.scheduler_config.async_scheduling,
+            speculative is not None
+            and vllm_config.scheduler_config.async_scheduling
+            and not vllm_config.use_v2_model_runner,
             # There the worker takes all drafts for accepted until the forward behind them has begun.
-            "speculative decoding under asynchronous scheduling. Add --no-async-scheduling",
+            "speculative decoding under asynchronous scheduling on the V1 model runner. Add --no-async-scheduling",
         ),
         (
             staged and parallel.distributed_executor_backend != "mp",
