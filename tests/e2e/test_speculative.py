@@ -16,8 +16,8 @@ LATE = {
         {"data": vector(7, 8.0), "layers": [1], "apply": {"skip_first": 45}},
     ]
 }
-"""Of prompts of 24 tokens. The first makes drafts wrong; the second begins among them, and the answer is another one where
-the position of a drafted token is taken for another."""
+"""For prompts of 24 tokens. The first makes drafts wrong. The second begins among them: to take a drafted token for one
+at another position gives another answer."""
 
 
 @pytest.mark.parametrize("method", ["ngram", "draft_model", "eagle"])

@@ -29,17 +29,18 @@ class Bank(RuleBasedStateMachine):
         self.uploads += 1
         return Row(torch.full((3,), float(row.feature)), bias=row.feature, threshold=-row.feature)
 
-    @rule(i=st.integers(0, 7))
-    def acquire(self, i):
-        if i not in self.held and len(set(self.held)) == CAPACITY:
+    @rule(rows=st.frozensets(st.integers(0, 7), max_size=CAPACITY + 1))
+    def acquire(self, rows):
+        refs = {ref(i) for i in rows}
+        if len({*self.held, *rows}) > CAPACITY:
             with pytest.raises(RuntimeError, match="admission should have prevented this"):
-                self.bank.acquire([ref(i)], self.read)
+                self.bank.acquire(refs, self.read)
             return
-        resident = ref(i) in self.bank._slots
+        resident = refs & self.bank._slots.keys()
         before = self.uploads
-        self.bank.acquire([ref(i)], self.read)
-        assert self.uploads == before + (not resident)
-        self.held.append(i)
+        self.bank.acquire(refs, self.read)
+        assert self.uploads == before + len(refs - resident)
+        self.held.extend(rows)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
@@ -71,7 +72,7 @@ def test_an_idle_row_is_not_uploaded_again_until_its_place_is_taken():
         return Row(torch.zeros(3))
 
     for i in (0, 1, 0, 2, 1, 0):
-        bank.acquire([ref(i)], read)
+        bank.acquire({ref(i)}, read)
         bank.release([ref(i)])
     # 2 evicts 1, the one idle for longest; 1 then evicts 0.
     assert uploads == [0, 1, 2, 1, 0]
