@@ -49,6 +49,7 @@ class ModelFacts:
     d_model: int
     n_layers: int
     max_num_seqs: int
+    max_num_batched_tokens: int
     frontends: int
     """API server processes, each of which admits requests on its own."""
 
@@ -61,6 +62,7 @@ class SteeringConfig:
     outputs and what else the SAEs need. A site's number is its place here.
     saes: (name, local path with its options). rows: capacity of the row bank. budget: rows that one front end may have
     admitted at a time; None where the bank holds every batch that vLLM can schedule, so nothing needs counting.
+    max_num_seqs, max_num_batched_tokens: vLLM's, what one forward has at most.
     """
 
     layers: tuple[int, ...]
@@ -71,6 +73,8 @@ class SteeringConfig:
     rows: int
     budget: int | None
     max_edits: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
 
     @property
     def limits(self) -> Limits:
@@ -137,4 +141,6 @@ def resolve_config(options: SteeringOptions, model: ModelFacts) -> SteeringConfi
         rows=rows,
         budget=budget,
         max_edits=max_edits,
+        max_num_seqs=model.max_num_seqs,
+        max_num_batched_tokens=model.max_num_batched_tokens,
     )

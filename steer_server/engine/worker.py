@@ -13,6 +13,7 @@ from sae_models import SAE
 from steer_kernels.apply_edits import (
     MAX_RANKED,
     CapturingSite,
+    Room,
     Site,
     SiteEdits,
     StepTable,
@@ -99,8 +100,10 @@ class WorkerSteering:
         self._saes: dict[str, SAE] = catalog.by_hash()
         self.bank = RowBank(config.rows, config.d_model, dtype, device)
         self.encoders, self._encoder_index = _encoders(self._saes, config.sites, device)
-        self.table = StepTable(self.bank.rows, len(config.sites), self.encoders) if runs_triton(device) else None
+        self.table: StepTable | None = None
         """Where the device runs Triton's kernels: the edits that they apply."""
+        if runs_triton(device):
+            self.table = StepTable(self.bank.rows, len(config.sites), self.encoders, _room(config))
         self.sites: list[Site] = [Site() for _ in config.sites]
         self._capturing: list[CapturingSite] = []
         self._site_number = {site: i for i, site in enumerate(config.sites)}
@@ -311,6 +314,13 @@ class WorkerSteering:
         if isinstance(ref, DecoderRow):
             return Row(rows.decoder)
         return Row(rows.encoder, rows.bias, rows.threshold)
+
+
+def _room(config: SteeringConfig) -> Room:
+    """For every forward that vLLM can schedule, so that memory does not grow once vLLM has measured it; but for edits
+    that share rows of a bank that is smaller than all of them could need."""
+    edits = min(config.max_num_seqs * config.max_edits, config.rows)
+    return Room(config.max_num_batched_tokens, config.max_num_seqs, edits, config.max_edits)
 
 
 def _refuse_across_stages(name: str, sae: SAE, elsewhere: frozenset[str]) -> None:

@@ -6,7 +6,10 @@ from steer_server.engine.config import ModelFacts, parse_options, resolve_config
 
 
 def test_the_self_test_of_all_pipeline_stages():
-    config = resolve_config(parse_options({"pretrained": False}), ModelFacts("m", 8, 4, max_num_seqs=2, frontends=1))
+    config = resolve_config(
+        parse_options({"pretrained": False}),
+        ModelFacts("m", 8, 4, max_num_seqs=2, max_num_batched_tokens=64, frontends=1),
+    )
     stages = [[{"layer": 0, "passed": True}, {"layer": 1, "passed": True}], [{"layer": 2, "passed": True}]]
     described = capabilities("m", Admission(config), stages, ())
     assert described["self_test"] == {"workers": 2, "layers": [0, 1, 2], "passed": True}

@@ -12,7 +12,7 @@ from tests.e2e.saes import every_kind
 from tests.sae_models.build import build_sae
 from tests.tensors import inline
 
-MODEL = ModelFacts(name="org/test-model", d_model=8, n_layers=4, max_num_seqs=4, frontends=1)
+MODEL = ModelFacts(name="org/test-model", d_model=8, n_layers=4, max_num_seqs=4, max_num_batched_tokens=64, frontends=1)
 
 
 def config_of(model=MODEL, **options):
@@ -34,7 +34,7 @@ def test_defaults_hold_every_batch(sae):
     assert config.max_edits == 32
     assert config.rows == 4 * 32 * 2
     assert config.budget is None
-    many_layers = ModelFacts("m", 8, 80, 4, 1)
+    many_layers = ModelFacts("m", 8, 80, 4, 64, 1)
     assert config_of(many_layers).max_edits == 80
 
 
@@ -53,7 +53,7 @@ def test_only_what_changes_the_graph_is_in_its_key(sae):
 
 def test_sites_are_the_layers_outputs_and_what_saes_need(sae, tmp_path):
     outputs = tuple(f"blocks.{layer}.hook_resid_post" for layer in range(9))
-    nine = ModelFacts("m", 8, 9, 4, 1)
+    nine = ModelFacts("m", 8, 9, 4, 64, 1)
     assert config_of(nine, **sae).sites == config_of(nine).sites == outputs
     kinds = {name: str(folder) for name, folder in every_kind(tmp_path, 8, 32, list(range(9))).items()}
     config = config_of(nine, saes=kinds)
@@ -90,7 +90,7 @@ def test_options_that_cannot_be(options, says):
 
 def test_a_budget_is_shared_by_the_front_ends():
     assert config_of(rows=128).budget == 128
-    assert config_of(ModelFacts("m", 8, 4, 4, frontends=2), rows=128).budget == 64
+    assert config_of(ModelFacts("m", 8, 4, 4, 64, frontends=2), rows=128).budget == 64
 
 
 @pytest.mark.parametrize(

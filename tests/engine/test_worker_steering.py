@@ -27,7 +27,7 @@ def config(tmp_path_factory):
     root = tmp_path_factory.mktemp("saes")
     saes = {name: str(build_sae(root / name, name, seed=i)) for i, name in enumerate(("standard", "jumprelu", "topk"))}
     saes |= {name: str(folder) for name, folder in every_kind(root, D_MODEL, 32, list(range(LAYERS))).items()}
-    return resolve_config(parse_options({"saes": saes}), ModelFacts("m", D_MODEL, LAYERS, max_num_seqs=3, frontends=1))
+    return resolve_config(parse_options({"saes": saes}), ModelFacts("m", D_MODEL, LAYERS, 3, 64, frontends=1))
 
 
 class Simulation:

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steer_kernels.apply_edits.step_table import FLOATS, INTEGERS, READ_ORDER, WORDS, StepTable
+from steer_kernels.apply_edits.edits import TopKEncoder
+from steer_kernels.apply_edits.step_table import FLOATS, INTEGERS, READ_ORDER, WORDS, Room, StepTable
 from tests.kernels.test_apply_edits import build_edits, token_groups
 
 SITES = 3
@@ -70,3 +71,24 @@ def test_each_part_begins_on_a_line(tokens, n_groups):
     first = table.token_group.data_ptr()
     for part in (table.first_write, table.first_read, table.records):
         assert (part.data_ptr() - first) % 64 == 0
+
+
+def test_a_table_with_room_allocates_nothing_later():
+    """The largest forward that there is room for, through an encoder, and a smaller one before it."""
+    encoder = TopKEncoder(torch.zeros(8, 4), torch.zeros(4), 2)
+    table = StepTable(torch.zeros(2, 8), SITES, [encoder], Room(tokens=24, groups=3, edits=6, edits_a_group=2))
+    held = table.nbytes
+
+    def buffers():
+        return [part.data_ptr() for part in (table.records, table.coefficients, table.pre_acts, table.survival)]
+
+    before = buffers()
+    for per_group in (1, 2):
+        group = np.repeat(np.arange(3), per_group)
+        one = dict(write=0, read=1, encoder=0, feature=3)
+        edits = build_edits([dict(start=8 * g, stop=8 * g + 8, **one) for g in group.tolist()])
+        table.fill(edits, np.zeros(len(group), dtype=np.int64), group)
+        assert buffers() == before
+        assert table.nbytes == held
+    table.fill(build_edits([dict(start=0, stop=25, **one)]), np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
+    assert table.nbytes > held

@@ -160,7 +160,9 @@ def test_edit_rows_replace_the_stream_by_the_reconstruction(architecture, tokens
     """On the op itself, against the SAE's equations on the file as written."""
     sae = replace(load(build_sae(tmp_path / "sae", **ARCHITECTURES[architecture])), skip_first=2)
     options = parse_options({"saes": {"s": str(tmp_path / "sae")}, "max_edits": edits_of_splice(sae)})
-    worker = WorkerSteering(resolve_config(options, ModelFacts("m", 8, 4, 2, 1)), torch.float32, torch.device("cpu"))
+    worker = WorkerSteering(
+        resolve_config(options, ModelFacts("m", 8, 4, 2, 64, 1)), torch.float32, torch.device("cpu")
+    )
     worker.capture(["blocks.1.hook_resid_post", "blocks.3.hook_resid_post"])
     for name, plan in (("sae", reconstruction(sae).plan), ("zero", zero_ablation(sae).plan)):
         worker.add_request(name, plan, tokens)

@@ -36,7 +36,9 @@ def vllm_config(tmp_path_factory, process_group):
 @pytest.fixture
 def armed():
     """A worker with nothing to do yet."""
-    config = resolve_config(parse_options({}), ModelFacts("m", 8, 2, max_num_seqs=8, frontends=1))
+    config = resolve_config(
+        parse_options({}), ModelFacts("m", 8, 2, max_num_seqs=8, max_num_batched_tokens=64, frontends=1)
+    )
     return ArmedModel(WorkerSteering(config, torch.float32, torch.device("cpu")), [])
 
 

@@ -37,6 +37,16 @@ class Ranking:
     floor: float
 
 
+@dataclass(frozen=True)
+class Room:
+    """What a table holds without growing. edits: of all groups together; edits_a_group: of the group with most."""
+
+    tokens: int = 1
+    groups: int = 1
+    edits: int = 1
+    edits_a_group: int = 1
+
+
 class StepTable:
     """Which edits act on which tokens, as `apply_table` reads it.
 
@@ -44,7 +54,7 @@ class StepTable:
     is written), their reads by (group, site that is read), and each order has one offset for each (group, site): a
     program finds what its token needs in two loads and leaves where that is nothing.
 
-    Buffers grow to the largest forward that was held, by doubling, and are kept.
+    Buffers have room for what `room` says. Where a forward needs more they grow, by doubling, and are kept.
 
     bank: [capacity, d_model], the rows, read in place. encoders: those that edits number.
     token_group: [tokens] int32, -1 where no edit acts. first_write, first_read: [groups * sites + 1] int32.
@@ -55,13 +65,17 @@ class StepTable:
     edited: [sites] int32, the tokens edited at each site since the table was made, counted where it happens.
     """
 
-    def __init__(self, bank: torch.Tensor, n_sites: int, encoders: Sequence[TopKEncoder] = ()) -> None:
+    def __init__(
+        self, bank: torch.Tensor, n_sites: int, encoders: Sequence[TopKEncoder] = (), room: Room = Room()
+    ) -> None:
         self.bank = bank
         self.encoders = encoders
         self.n_sites = n_sites
         self.edited = torch.zeros(n_sites, dtype=torch.int32, device=bank.device)
+        written = room.tokens * room.edits_a_group
         self.coefficients, self.pre_acts, self.survival = (
-            torch.zeros(0, dtype=torch.float32, device=bank.device) for _ in range(3)
+            torch.zeros(size, dtype=torch.float32, device=bank.device)
+            for size in (written, *[written if encoders else 0] * 2)
         )
         self.stride = 0
         """Coefficients of a token."""
@@ -71,7 +85,7 @@ class StepTable:
         """By the site where they are read."""
         self._turn = 0
         self._sizes: tuple[int, ...]
-        self._allocate((1, 1, 1))
+        self._allocate((room.tokens, room.groups, room.edits))
 
     @property
     def nbytes(self) -> int:

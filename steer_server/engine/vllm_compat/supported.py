@@ -89,5 +89,6 @@ def model_facts(vllm_config: Any) -> ModelFacts:
         d_model=model.get_hidden_size(),
         n_layers=model.hf_text_config.num_hidden_layers,
         max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
+        max_num_batched_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         frontends=vllm_config.parallel_config._api_process_count,
     )
