@@ -12,7 +12,12 @@ E2E = Path(__file__).parent
 ROOT = E2E.parents[1]
 
 
-CASES = {"runner_v2_cases.py": 9, "runner_v2_drafts_cases.py": 1, "runner_v2_stages_cases.py": 1}
+CASES = {
+    "runner_v2_cases.py": 9,
+    "runner_v2_drafts_cases.py": 1,
+    "runner_v2_stages_cases.py": 1,
+    "runner_v2_hybrid_cases.py": 1,
+}
 """Files, and how many tests they have at least."""
 
 

@@ -19,6 +19,10 @@ def hook(model, site, edit):
     _, layer, *name = site.split(".")
     module = decoder_layers(model)[int(layer)]
     name = ".".join(name)
+    if name == "hook_resid_post":
+        return _on_output(module, edit)
+    if name == "hook_resid_pre":
+        return _on_input(module, edit)
     attention = next(getattr(module, n) for n in ("self_attn", "attn", "attention") if hasattr(module, n))
     # Gemma, OLMo and GLM put a norm behind attention and MLP; what comes out of it is added to the stream.
     behind_attention, behind_mlp = attention, module.mlp
@@ -26,10 +30,6 @@ def hook(model, site, edit):
         behind_attention, behind_mlp = module.post_attention_layernorm, module.post_feedforward_layernorm
     elif hasattr(module, "post_mlp_layernorm"):
         behind_attention, behind_mlp = module.post_self_attn_layernorm, module.post_mlp_layernorm
-    if name == "hook_resid_post":
-        return _on_output(module, edit)
-    if name == "hook_resid_pre":
-        return _on_input(module, edit)
     if name == "hook_attn_out":
         return _on_output(behind_attention, edit)
     if name == "hook_mlp_out":

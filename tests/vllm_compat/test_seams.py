@@ -139,6 +139,32 @@ def test_names_of_the_v2_runner():
     assert isinstance(GPUModelRunner.armed, property)
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "method"),
+    [
+        ("mamba_mixer", "MambaMixer", "forward_impl"),
+        ("mamba_mixer2", "MambaMixer2", "conv_ssm_forward"),
+        ("short_conv", "ShortConv", "forward_cuda"),
+        ("linear.minimax_linear_attn", "MiniMaxText01LinearAttention", "_forward"),
+        ("linear.bailing_linear_attn", "BailingMoELinearAttention", "_forward"),
+        ("gdn.kimi_gdn_linear_attn", "KimiGatedDeltaNetAttention", "_forward"),
+        ("gdn.olmo_gdn_linear_attn", "OlmoHybridGatedDeltaNetAttention", "_full_forward"),
+        ("gdn.qwen_gdn_linear_attn", "QwenGatedDeltaNetAttention", "_forward_core"),
+    ],
+)
+def test_what_mixes_tokens_writes_to_an_output_that_the_self_test_knows(module, name, method):
+    import inspect
+
+    from vllm.model_executor.layers.mamba.abstract import MambaBase
+
+    from steer_server.engine.vllm_compat.self_test_forwards import OUTPUTS, STATE_SPACE_METHODS
+
+    mixer = getattr(importlib.import_module(f"vllm.model_executor.layers.mamba.{module}"), name)
+    assert issubclass(mixer, MambaBase)
+    assert method in STATE_SPACE_METHODS
+    assert set(OUTPUTS) & set(inspect.signature(getattr(mixer, method)).parameters)
+
+
 def test_the_plan_crosses_vllms_wire_and_its_owner_stays():
     """`extra_args` goes through vLLM's msgpack: our dict arrives as a plain one, without whom it belongs to."""
     from vllm.sampling_params import SamplingParams

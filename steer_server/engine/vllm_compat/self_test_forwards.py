@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,23 +78,61 @@ def _run_tokens(runner: Any, tokens: int, compiled: bool) -> torch.Tensor:
     if runner.lora_config is not None:
         # No adapter: else layers take the mapping of whatever ran last, if any did.
         runner._set_active_loras((0,) * tokens, (0,) * tokens, set())
-    attention = [
-        layer.impl
-        for layer in runner.compilation_config.static_forward_context.values()
-        if hasattr(getattr(layer, "impl", None), "forward")
-    ]
+    replaced: list[tuple[Any, str]] = []
     try:
-        # Without metadata some attention backends leave their output as it was allocated.
-        for impl in attention:
-            impl.forward = _no_attention
+        # Without metadata what mixes tokens may leave its output as it was allocated.
+        for layer in runner.compilation_config.static_forward_context.values():
+            replaced += _mix_nothing(layer)
         with set_forward_context(None, runner.vllm_config, num_tokens=tokens, skip_compiled=not compiled):
             output = model(
                 input_ids=input_ids, positions=positions, intermediate_tensors=stage, inputs_embeds=inputs_embeds
             )
     finally:
-        for impl in attention:
-            del impl.forward
+        for holder, method in replaced:
+            delattr(holder, method)
     return stage_output(output)
+
+
+STATE_SPACE_METHODS = (
+    "forward_impl",
+    "conv_ssm_forward",
+    "forward_cuda",
+    "_forward",
+    "_full_forward",
+    "_forward_core",
+    "_forward_core_rocm",
+    "_forward_core_fused_norm_packed",
+)
+"""By which vLLM's custom ops of Mamba, short convolutions, linear attention and gated delta nets call their layers,
+with one of OUTPUTS to write to. What is called by such a name without one, is left alone."""
+
+OUTPUTS = ("output", "core_attn_out", "z_out")
+
+
+def _mix_nothing(layer: Any) -> list[tuple[Any, str]]:
+    """Make attention, or another layer that mixes tokens, return zero. What was replaced, as (object, attribute)."""
+    from vllm.model_executor.layers.mamba.abstract import MambaBase
+
+    if isinstance(layer, MambaBase):
+        replaced = [(layer, method) for method in STATE_SPACE_METHODS if hasattr(layer, method)]
+        for _, method in replaced:
+            setattr(layer, method, _with_zeroed_outputs(getattr(layer, method)))
+        return replaced
+    impl = getattr(layer, "impl", None)
+    if impl is None or not hasattr(impl, "forward"):
+        return []
+    impl.forward = _no_attention
+    return [(impl, "forward")]
+
+
+def _with_zeroed_outputs(method: Callable[..., Any]) -> Callable[..., Any]:
+    def mix_nothing(*args: Any, **kwargs: Any) -> Any:
+        outputs = [kwargs[name] for name in OUTPUTS if kwargs.get(name) is not None]
+        for output in outputs:
+            output.zero_()
+        return None if outputs else method(*args, **kwargs)
+
+    return mix_nothing
 
 
 def _no_attention(*args: Any, output: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
