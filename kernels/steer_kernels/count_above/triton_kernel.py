@@ -217,7 +217,7 @@ def _arguments(
 ) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...], dict[str, Any]]:
     """(operands, sizes, constants) that both launches have in common."""
     shape = tile_shape(len(x), x.dtype, triton_backend())
-    sizes = (*x.shape[:1], *encoder.shape, x.stride(0), *encoder.stride(), features.stride(0), features.shape[1])
+    sizes = (len(x), *encoder.shape, x.stride(0), *encoder.stride(), features.stride(0), features.shape[1])
     constants = dict(
         HAS_SCALE=scale is not None, ABSOLUTE=absolute, TOKENS=shape.tokens, FEATURES=FEATURES, INNER=shape.inner,
         num_warps=shape.warps, num_stages=shape.stages,
