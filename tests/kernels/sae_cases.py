@@ -4,6 +4,10 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from steer_kernels import count_above as count_above_op
+from steer_kernels import decode_sparse as decode_sparse_op
+from steer_kernels import encode_threshold as encode_threshold_op
+from steer_kernels import encode_topk as encode_topk_op
 from tests.kernels.conftest import INTERPRETED
 
 DRAWN = settings(max_examples=6 if INTERPRETED else 60)
@@ -88,7 +92,7 @@ def encode_topk(device, x, encoder, b_enc, k, absolute=False, scale=None):
 
         encoded = encode_topk_triton(x, encoder, b_enc, k, absolute, scale)
         return encoded.values, encoded.features
-    return [t.cpu() for t in torch.ops.steer_kernels.encode_topk(x, encoder, b_enc, k, absolute, scale)]
+    return [t.cpu() for t in encode_topk_op.encode_topk(x, encoder, b_enc, k, absolute, scale)]
 
 
 def encode_threshold(device, x, encoder, b_enc, threshold, capacity, scale=None):
@@ -98,7 +102,7 @@ def encode_threshold(device, x, encoder, b_enc, threshold, capacity, scale=None)
 
         encoded = encode_threshold_triton(x, encoder, b_enc, threshold, capacity, scale)
         return encoded.values, encoded.features, encoded.counts
-    op = torch.ops.steer_kernels.encode_threshold
+    op = encode_threshold_op.encode_threshold
     return [t.cpu() for t in op(x, encoder, b_enc, threshold, capacity, scale)]
 
 
@@ -108,7 +112,7 @@ def count_above(device, x, encoder, b_enc, features, floor, absolute=False, scal
         from steer_kernels.count_above.triton_kernel import count_above_triton
 
         return count_above_triton(x, encoder, b_enc, features, floor, absolute, scale)
-    op = torch.ops.steer_kernels.count_above
+    op = count_above_op.count_above
     return [t.cpu() for t in op(x, encoder, b_enc, features, floor, absolute, scale)]
 
 
@@ -118,7 +122,7 @@ def decode_sparse(device, features, values, decoder, b_dec=None, scale=None, bas
         from steer_kernels.decode_sparse.triton_kernel import decode_sparse_triton
 
         return decode_sparse_triton(*tensors, dtype)
-    return torch.ops.steer_kernels.decode_sparse(*tensors, dtype).cpu()
+    return decode_sparse_op.decode_sparse(*tensors, dtype).cpu()
 
 
 def same(got, expected):
