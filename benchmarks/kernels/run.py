@@ -8,7 +8,8 @@ roofline on a GPU, ratios to the fastest baseline on a CPU. Every round runs all
 times are medians over rounds, and `ratio`, with its quartiles, is over rounds of ours to that round of the baseline
 whose median is least: below 1 is faster. On a CPU, OMP_NUM_THREADS says how many threads all of them have.
 
-Baselines: eager torch; torch.compile; on a CPU also torch.compile with frozen weights, of which it packs a second copy.
+Baselines: eager torch; torch.compile; on a CPU also torch.compile with frozen weights, of which it packs a second copy;
+on a GPU also a plain Triton kernel for decoding.
 """
 
 from __future__ import annotations
@@ -111,6 +112,7 @@ class Row:
     eager_us: float
     compiled_us: float
     frozen_us: float | None
+    plain_us: float | None
     ratio: float
     ratio_low: float
     ratio_high: float
@@ -252,6 +254,10 @@ def implementations(op: str, inputs: Inputs, device: str) -> dict[str, Implement
     ours, baseline, arguments = contenders(op, inputs)
     compiled = torch.compile(baseline, dynamic=False)
     found = {"ours": ours, "eager": lambda: baseline(*arguments), "compiled": lambda: compiled(*arguments)}
+    if device == "cuda" and op == "decode_sparse":
+        from benchmarks.kernels.plain_decode import plain_decode
+
+        found["plain"] = lambda: plain_decode(*arguments)
     if device == "cpu" and op == "encode_topk":
         frozen = torch.compile(Frozen(baseline, arguments[1:]).eval(), dynamic=False, options={"freezing": True})
         found["frozen"] = lambda: frozen(arguments[0])
@@ -345,6 +351,7 @@ def measure(op: str, inputs: Inputs, device: str, ceilings: tuple[float, float] 
         eager_us=round(median["eager"], 1),
         compiled_us=round(median["compiled"], 1),
         frozen_us=round(median["frozen"], 1) if "frozen" in median else None,
+        plain_us=round(median["plain"], 1) if "plain" in median else None,
         ratio=round(statistics.median(ratios), 3),
         ratio_low=round(low, 3),
         ratio_high=round(high, 3),

@@ -115,3 +115,13 @@ def test_skip_transcoders(device):
     got = decode_sparse(device, features, pre.relu(), W_dec, b_dec, None, x @ W_skip.T)
     whole = torch.zeros(5, 90, dtype=torch.float64).scatter_(1, features, pre.relu().double())
     same(got, whole @ W_dec.double() + b_dec.double() + x.double() @ W_skip.double().T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_baseline_of_the_benchmark_computes_the_same(triton_device, dtype):
+    from benchmarks.kernels.plain_decode import plain_decode
+
+    features, values, decoder, b_dec, _, _ = lists(5, 17, 129, 300, dtype)
+    features = features.clamp(min=0)
+    got = plain_decode(*(t.to(triton_device) for t in (features, values, decoder, b_dec)))
+    same(got.cpu(), decode_sparse_reference(features, values, decoder, b_dec, None, None).to(dtype))
