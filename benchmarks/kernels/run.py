@@ -35,9 +35,12 @@ from rich.console import Console
 
 from steer_kernels.apply_edits import SiteEdits, StepTable, TableEdits, apply_edits_reference, prepare_edits
 from steer_kernels.count_above import count_above, count_above_reference
+from steer_kernels.count_above_screened import count_above_screened
 from steer_kernels.decode_sparse import decode_sparse, decode_sparse_reference
+from steer_kernels.eight_bit import quantise
 from steer_kernels.encode_threshold import encode_threshold, encode_threshold_reference
 from steer_kernels.encode_topk import encode_topk, encode_topk_reference
+from steer_kernels.encode_topk_screened import encode_topk_screened
 from steer_kernels.triton_devices import runs_triton
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -134,12 +137,16 @@ def check(device: str) -> None:
         b, given = integers(d_sae).float(), torch.randint(-1, d_sae, (tokens, GIVEN), generator=generator)
         threshold = torch.full((d_sae,), 15.0)
         on = [t.to(device) for t in (x, W, b, threshold, given)]
+        copy = quantise(on[1])
+        eight_bit = (copy.weights, copy.step, copy.slack, copy.longest)
         features, values = torch.randint(-1, d_sae, (tokens, k), generator=generator), integers(tokens, k).float()
         pairs = [
             (encode_topk(*on[:3], k, False, None), encode_topk_reference(x, W, b, k)),
             (encode_topk(*on[:3], k, True, None), encode_topk_reference(x, W, b, k, True)),
             (encode_threshold(*on[:4], k, None), encode_threshold_reference(x, W, b, threshold, k)),
             (count_above(*on[:3], on[4], 0.0, False, None), count_above_reference(x, W, b, given, 0.0)),
+            (encode_topk_screened(*on[:3], *eight_bit, k, False, None), encode_topk_reference(x, W, b, k)),
+            (count_above_screened(*on[:3], *eight_bit, on[4], k, 0.0, False, None), cut_off(x, W, b, given, k)),
             (
                 (decode_sparse(features.to(device), values.to(device), on[1], None, None, None, torch.float32),),
                 (decode_sparse_reference(features, values, W, None, None, None),),
@@ -151,6 +158,13 @@ def check(device: str) -> None:
         for ours, expected in pairs:
             for one, other in zip(ours, expected, strict=True):
                 torch.testing.assert_close(one.cpu().double(), other.double(), rtol=0, atol=0)
+
+
+def cut_off(
+    x: torch.Tensor, W: torch.Tensor, b: torch.Tensor, given: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    p, ahead = count_above_reference(x, W, b, given, 0.0)
+    return p, ahead.clamp(max=k)
 
 
 def features_set(tokens: int) -> SiteEdits:
@@ -213,6 +227,20 @@ def contenders(op: str, inputs: Inputs) -> tuple[Implementation, Callable[..., A
     if op == "encode_topk":
         arguments = (i.x, i.encoder, i.b_enc, i.k)
         return lambda: encode_topk(*arguments, False, None), eager_topk, arguments
+    if op in ("encode_topk_screened", "count_above_screened"):
+        copy = quantise(i.encoder)
+        eight_bit = (i.x, i.encoder, i.b_enc, copy.weights, copy.step, copy.slack, copy.longest)
+        if op == "encode_topk_screened":
+            return (
+                lambda: encode_topk_screened(*eight_bit, i.k, False, None),
+                eager_topk,
+                (i.x, i.encoder, i.b_enc, i.k),
+            )
+        return (
+            lambda: count_above_screened(*eight_bit, i.given, i.k, -INF, False, None),
+            eager_count,
+            (i.x, i.encoder, i.b_enc, i.given),
+        )
     if op == "encode_threshold":
         capacity = CAPACITY_PER_K * i.k
         return (
@@ -419,21 +447,24 @@ def cases(device: str, ops: list[str]) -> Iterator[tuple[str, Inputs]]:
 
 
 OPS = ["apply_edits", "encode_topk", "encode_threshold", "count_above", "decode_sparse"]
+SCREENED = ["encode_topk_screened", "count_above_screened"]
+"""Of what OPS have too, from eight-bit copies; a CPU runs those of OPS in their place."""
 
 
 def main(
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda" if torch.cuda.is_available() else "cpu",
-    op: Annotated[list[str], typer.Option(help="Ops to measure")] = OPS,
+    op: Annotated[list[str] | None, typer.Option(help="Ops to measure. Default: all of the device's")] = None,
     seconds: Annotated[float, typer.Option(help="On a CPU: time for each op at each shape")] = 4.0,
 ) -> None:
     console = Console(width=120)
+    ops = op or (OPS + SCREENED if device == "cuda" else OPS)
     check(device)
     console.print("Every op equals its float64 oracle.")
     ceilings = gpu_ceilings() if device == "cuda" else None
     described = machine(device, ceilings)
     rows = []
     with torch.inference_mode():
-        for name, inputs in cases(device, op):
+        for name, inputs in cases(device, ops):
             rows.append(measure(name, inputs, device, ceilings, seconds))
             console.print(rows[-1])
     RESULTS.mkdir(exist_ok=True)

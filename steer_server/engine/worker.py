@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -130,6 +130,10 @@ class WorkerSteering:
     def has_work(self) -> bool:
         """Whether a forward needs its sites armed."""
         return bool(self._requests) or bool(self._capturing)
+
+    def steers_any(self, request_ids: Iterable[str]) -> bool:
+        """Whether one of these requests has edits."""
+        return any(request_id in self._requests for request_id in request_ids)
 
     def capture(self, sites: Collection[str]) -> None:
         """Keep the stream that leaves `sites` from the next forward on, of no sites: stop. Forgets what was kept.
@@ -317,10 +321,10 @@ class WorkerSteering:
 
 
 def _room(config: SteeringConfig) -> Room:
-    """For every forward that vLLM can schedule, so that memory does not grow once vLLM has measured it; but for edits
-    that share rows of a bank that is smaller than all of them could need."""
+    """For every forward that vLLM can schedule, so that memory does not grow once vLLM has measured it. Where operators
+    allow very many edits a request, or fewer rows than all edits could need, room for the rest is made on need."""
     edits = min(config.max_num_seqs * config.max_edits, config.rows)
-    return Room(config.max_num_batched_tokens, config.max_num_seqs, edits, config.max_edits)
+    return Room(config.max_num_batched_tokens, config.max_num_seqs, edits, min(config.max_edits, MAX_RANKED))
 
 
 def _refuse_across_stages(name: str, sae: SAE, elsewhere: frozenset[str]) -> None:

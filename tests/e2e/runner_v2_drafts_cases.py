@@ -1,11 +1,11 @@
-"""Drafts on the V2 model runner, under asynchronous scheduling. `test_runner_v2.py` runs this."""
+"""Drafts on the V2 model runner. `test_runner_v2.py` runs this."""
 
 import pytest
 from vllm.v1.metrics.reader import Counter
 
 from tests.e2e import engines
 from tests.e2e.random_cases import compare_all, start
-from tests.e2e.test_speculative import LATE
+from tests.e2e.test_speculative import LATE, drafting
 
 
 @pytest.fixture(scope="module")
@@ -15,14 +15,16 @@ def few_specs(random_specs):
     return {name: random_specs[name] for name in names} | {"late": LATE}
 
 
-def test_where_drafts_lie_is_known_only_to_the_device(random_model, random_saes, random_oracle, few_specs):
-    drafting = {"method": "draft_model", "model": str(random_model), "num_speculative_tokens": 3}
-    llm = start(random_model, random_saes, enforce_eager=True, speculative_config=drafting)
+@pytest.mark.parametrize(("method", "asynchronous"), [("draft_model", True), ("eagle", True), ("ngram", False)])
+def test_drafts(method, asynchronous, random_model, random_saes, random_oracle, few_specs, tmp_path):
+    """Asynchronously scheduled, where drafts lie is known only to the device."""
+    config = drafting(method, random_model, tmp_path)
+    llm = start(random_model, random_saes, enforce_eager=True, speculative_config=config)
     try:
-        config = llm.llm_engine.vllm_config
-        assert config.use_v2_model_runner
-        assert config.scheduler_config.async_scheduling
-        compare_all(llm, random_oracle, few_specs, tokens=40)
+        chosen = llm.llm_engine.vllm_config
+        assert chosen.use_v2_model_runner
+        assert chosen.scheduler_config.async_scheduling == asynchronous
+        compare_all(llm, random_oracle, few_specs, tokens=32)
         counted = {metric.name: metric.value for metric in llm.get_metrics() if isinstance(metric, Counter)}
         assert 0 < counted["vllm:spec_decode_num_accepted_tokens"] < counted["vllm:spec_decode_num_draft_tokens"]
     finally:

@@ -14,7 +14,7 @@ ROOT = E2E.parents[1]
 
 CASES = {
     "runner_v2_cases.py": 9,
-    "runner_v2_drafts_cases.py": 1,
+    "runner_v2_drafts_cases.py": 3,
     "runner_v2_stages_cases.py": 1,
     "runner_v2_hybrid_cases.py": 1,
 }

@@ -20,17 +20,19 @@ LATE = {
 at another position gives another answer."""
 
 
+def drafting(method, model, folder):
+    """vLLM's speculative_config."""
+    config = {"method": method, "num_speculative_tokens": 3}
+    if method == "ngram":
+        return config | {"prompt_lookup_min": 1, "prompt_lookup_max": 2}
+    # Itself, unsteered: right where nothing is steered, wrong more often where something is.
+    return config | {"model": str(random_eagle(folder, model) if method == "eagle" else model)}
+
+
 @pytest.mark.parametrize("method", ["ngram", "draft_model", "eagle"])
 def test_drafts(method, random_model, random_saes, random_oracle, random_specs, tmp_path):
-    drafting = {"method": method, "num_speculative_tokens": 3}
-    if method == "ngram":
-        drafting |= {"prompt_lookup_min": 1, "prompt_lookup_max": 2}
-    elif method == "eagle":
-        drafting |= {"model": str(random_eagle(tmp_path, random_model))}
-    else:
-        # Itself, unsteered: right where nothing is steered, wrong more often where something is.
-        drafting |= {"model": str(random_model)}
-    llm = start(random_model, random_saes, enforce_eager=True, speculative_config=drafting)
+    config = drafting(method, random_model, tmp_path)
+    llm = start(random_model, random_saes, enforce_eager=True, speculative_config=config)
     try:
         compare_all(llm, random_oracle, random_specs | {"late": LATE}, tokens=48)
         counted = {metric.name: metric.value for metric in llm.get_metrics() if isinstance(metric, Counter)}

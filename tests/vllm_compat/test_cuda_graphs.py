@@ -65,6 +65,7 @@ def v1_chooser(vllm_config, armed):
 
 def v2_chooser(vllm_config, armed):
     from vllm.config import CUDAGraphMode
+    from vllm.v1.worker.gpu import model_runner
     from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
 
     # A CPU has neither a pool of graphs, which a manager with a mode asks for at once, nor graphs to capture.
@@ -75,7 +76,11 @@ def v2_chooser(vllm_config, armed):
     choose_graphs_for(armed, manager)
 
     def choose(requests, tokens, decode):
-        batch = manager.dispatch(requests, tokens, 1 if decode else None, 0, max_query_len=1 if decode else None)
+        # By the module, as vLLM's runner calls what it has imported.
+        length = 1 if decode else None
+        batch, _ = model_runner.dispatch_cg_and_sync_dp(
+            manager, requests, tokens, length, dp_size=1, dp_rank=0, max_query_len=length
+        )
         return batch.cg_mode.name, batch.num_tokens
 
     return choose

@@ -98,14 +98,27 @@ def test_cuda_graphs_that_cannot_be_split_at_the_op_are_refused(create):
         refuse_unsupported(vllm_config)
 
 
-def test_drafts_under_asynchronous_scheduling_are_for_the_v2_runner(create, monkeypatch):
-    """vLLM turns it off on the CPU, so it is turned on here."""
+@pytest.fixture
+def drafting(create):
+    """A configuration with a draft model, under asynchronous scheduling, which vLLM turns off on the CPU."""
     vllm_config = create(speculative_config=NGRAM)
+    vllm_config.speculative_config.method = "draft_model"
     vllm_config.scheduler_config.async_scheduling = True
+    return vllm_config
+
+
+def test_drafts_under_asynchronous_scheduling_are_for_the_v2_runner(drafting, monkeypatch):
     with pytest.raises(ConfigError, match=r"on the V1 model runner\. Add --no-async-scheduling"):
-        refuse_unsupported(vllm_config)
-    monkeypatch.setattr(type(vllm_config), "use_v2_model_runner", property(lambda self: True))
-    refuse_unsupported(vllm_config)
+        refuse_unsupported(drafting)
+    monkeypatch.setattr(type(drafting), "use_v2_model_runner", property(lambda self: True))
+    refuse_unsupported(drafting)
+
+
+def test_adaptive_verification_is_refused(drafting, monkeypatch):
+    monkeypatch.setattr(type(drafting), "use_v2_model_runner", property(lambda self: True))
+    drafting.speculative_config.enable_adaptive_verification = True
+    with pytest.raises(ConfigError, match="Set enable_adaptive_verification to false in --speculative-config"):
+        refuse_unsupported(drafting)
 
 
 def test_the_rust_front_end_is_refused(create, monkeypatch):

@@ -86,8 +86,9 @@ def count_above_screened_triton(
     if n_given > MAX_GIVEN:
         raise ValueError(f"features must be at most {MAX_GIVEN} a token, not {n_given}")
     p = torch.empty(n_tokens, n_given, dtype=torch.float32, device=x.device)
-    # The screen has the workspace for itself: what must outlive it is allocated.
-    ahead, keys = torch.empty(2, n_tokens, n_given, dtype=torch.int32, device=x.device)
+    # The screen has the workspace for itself: what must outlive it is allocated. One by one: Triton compiles a kernel
+    # for pointers that begin on 16 bytes and another for those that do not.
+    ahead, keys = (torch.empty(n_tokens, n_given, dtype=torch.int32, device=x.device) for _ in range(2))
     to_rank = Wanted(
         *(torch.empty(size, dtype=dtype, device=x.device) for size, dtype in to_rank_pieces(n_tokens, x.dtype))
     )

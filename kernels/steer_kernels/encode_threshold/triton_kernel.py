@@ -31,7 +31,7 @@ TILES = 64
 """Tiles that a program of `_gather_lists` places at once."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def _keep_active_of_tiles(
     x_ptr,
     encoder_ptr,
@@ -127,7 +127,7 @@ def _gather_lists(
         tl.store(features_ptr + token * capacity + place, tl.full([TILES], -1, tl.int64), mask=rest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def _run_full_tiles_again(
     x_ptr,
     encoder_ptr,

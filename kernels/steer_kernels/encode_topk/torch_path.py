@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -12,6 +13,8 @@ GROUP = 64
 
 FEW = 1 << 17
 """Pre-activations up to which torch.topk is as fast as the search in groups: measured by benchmarks/kernels."""
+
+FEW_TO_COMPARE = 1 << 11
 
 
 def encode_topk_torch(
@@ -52,9 +55,12 @@ def _first_few(ranked: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor
 def _strictly_decreasing(values: torch.Tensor) -> bool:
     """Whether each row falls from number to number, so that none of them are equal or NaN.
 
-    A loop: after a matrix product the caches hold none of the code of torch's or numpy's comparisons, and calling them
-    takes several times as long as so few numbers do.
+    Few numbers in a loop: after a matrix product the caches hold none of the code of torch's or numpy's comparisons,
+    and calling them takes several times as long as the numbers do.
     """
+    if values.numel() > FEW_TO_COMPARE:
+        seen = values.numpy()
+        return bool((seen[:, 1:] < seen[:, :-1]).all()) and not np.isnan(seen[:, 0]).any()
     for row in values.tolist():
         last = row[0]
         if last != last:

@@ -43,7 +43,7 @@ they should, and are run again more often."""
 MAX_K = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def _keep_first_of_tiles(
     x_ptr,
     encoder_ptr,
@@ -154,7 +154,7 @@ def _select(
     _write_in_order(first_row, values_ptr + token * k, features_ptr + token * k, k, SIZE, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def _run_full_tiles_again(
     x_ptr,
     encoder_ptr,

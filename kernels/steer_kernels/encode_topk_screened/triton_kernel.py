@@ -55,7 +55,7 @@ MAX_TOKENS = 64
 FINITE = tl.constexpr(2.0**127)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def _screen_tiles(
     x_ptr,
     weights_ptr,
@@ -153,7 +153,7 @@ def _choose_candidates(
     tl.store(rest_ptr + token, (rest >> 32).to(tl.int32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def _rescore(
     x_ptr,
     encoder_ptr,
@@ -296,7 +296,7 @@ def encode_topk_screened_triton(
         full_tiles=torch.empty(n_tokens, dtype=torch.int32, device=device),
     )
     # These outlive the workspace, which the dense launches have for themselves.
-    n_candidates, uncertain = torch.empty(2, n_tokens, dtype=torch.int32, device=device)
+    n_candidates, uncertain = (torch.empty(n_tokens, dtype=torch.int32, device=device) for _ in range(2))
     wanted = Wanted(uncertain, torch.zeros(triton.cdiv(n_tokens, shape.tokens), dtype=torch.int32, device=device))
     if not n_tokens:
         return ScreenedTopK(encoded.values, encoded.features, n_candidates, uncertain)

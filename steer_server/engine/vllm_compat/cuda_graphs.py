@@ -21,16 +21,16 @@ OP_NAME = "steer_kernels::apply_edits"
 
 def install() -> None:
     when_imported("vllm.v1.cudagraph_dispatcher", _install_dispatcher)
-    when_imported("vllm.v1.worker.gpu.cudagraph_utils", _install_manager)
+    when_imported("vllm.v1.worker.gpu.dp_utils", _install_agreement)
 
 
 def _install_dispatcher(module: ModuleType) -> None:
     wrap(module.CudagraphDispatcher, "dispatch", ("num_tokens", "invalid_modes"), _dispatch_v1)
 
 
-def _install_manager(module: ModuleType) -> None:
-    takes = ("num_reqs", "num_tokens", "uniform_token_count", "num_active_loras", "max_query_len", "num_ubatches")
-    wrap(module.CudaGraphManager, "dispatch", takes, _dispatch_v2)
+def _install_agreement(module: ModuleType) -> None:
+    takes = ("cudagraph_manager", "num_reqs", "num_tokens", "uniform_token_count", "max_query_len")
+    wrap(module, "dispatch_cg_and_sync_dp", takes, _dispatch_v2)
 
 
 def split_at_the_op(compilation: Any) -> None:
@@ -55,7 +55,7 @@ def choose_graphs_for(armed: ArmedModel | None, chooser: Any) -> None:
 
 
 def _has_work(chooser: Any) -> bool:
-    # A drafting model has a chooser of its own, which nothing arms.
+    # A drafting model decodes with a chooser of its own, which nothing arms.
     armed: ArmedModel | None = getattr(chooser, "armed", None)
     return armed is not None and armed.steering.has_work
 
@@ -70,15 +70,15 @@ def _dispatch_v1(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _dispatch_v2(
     original: Any,
-    self: Any,
+    cudagraph_manager: Any,
     num_reqs: int,
     num_tokens: int,
     uniform_token_count: int | None,
-    num_active_loras: int,
-    max_query_len: int | None = None,
-    num_ubatches: int = 1,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
-    if _has_work(self):
-        # As of requests of different lengths, which no whole graph is for.
-        uniform_token_count = max_query_len = None
-    return original(self, num_reqs, num_tokens, uniform_token_count, num_active_loras, max_query_len, num_ubatches)
+    if _has_work(cudagraph_manager):
+        # As of requests of different lengths, which no whole graph is for. Data-parallel ranks agree on what they have
+        # behind this, and pad alike.
+        uniform_token_count = kwargs["max_query_len"] = None
+    return original(cudagraph_manager, num_reqs, num_tokens, uniform_token_count, *args, **kwargs)

@@ -41,6 +41,8 @@ def _resolve_model_state_cls(original: Any, vllm_config: Any, model: torch.nn.Mo
 def steered(chosen: Any) -> Any:
     """The ModelState class that vLLM chose for a model, told of its requests and steps."""
 
+    from vllm.utils.gpu_sync_debug import gpu_sync_allowed
+
     class SteeredModelState(chosen):
         """What the runner tells it is what it tells every ModelState. A preempted request is removed, and added again
         with the tokens that it had generated, by which its prompt does not grow."""
@@ -71,10 +73,11 @@ def steered(chosen: Any) -> Any:
             if not steering.has_work:
                 return
             starts, counts = input_batch.num_computed_tokens_np, input_batch.num_scheduled_tokens
-            if self._positions_on_device:
+            if self._positions_on_device and steering.steers_any(input_batch.req_ids):
                 # The scheduler took all drafts of the step before for accepted. How many were, the device finds out: a
                 # step that is steered waits for it.
-                starts = input_batch.seq_lens[: input_batch.num_reqs].cpu().numpy() - counts
+                with gpu_sync_allowed():
+                    starts = input_batch.seq_lens[: input_batch.num_reqs].cpu().numpy() - counts
             steering.begin_step(input_batch.req_ids, starts, counts)
             self._in_forward = True
 
@@ -90,8 +93,10 @@ def steered(chosen: Any) -> Any:
 def _execute_model(
     original: Any, self: Any, scheduler_output: Any, intermediate_tensors: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
-    if self.cudagraph_manager is not None:
-        choose_graphs_for(self.armed, self.cudagraph_manager)
+    # A drafting model reads its prompt in the batch of the steered one, whose layout both must have.
+    for chooser in (self.cudagraph_manager, getattr(self.speculator, "prefill_cudagraph_manager", None)):
+        if chooser is not None:
+            choose_graphs_for(self.armed, chooser)
     if self.armed is None:
         return original(self, scheduler_output, intermediate_tensors, *args, **kwargs)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -126,8 +127,11 @@ def _mix_nothing(layer: Any) -> list[tuple[Any, str]]:
 
 
 def _with_zeroed_outputs(method: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(method)
+
     def mix_nothing(*args: Any, **kwargs: Any) -> Any:
-        outputs = [kwargs[name] for name in OUTPUTS if kwargs.get(name) is not None]
+        given = signature.bind(*args, **kwargs).arguments
+        outputs = [given[name] for name in OUTPUTS if given.get(name) is not None]
         for output in outputs:
             output.zero_()
         return None if outputs else method(*args, **kwargs)

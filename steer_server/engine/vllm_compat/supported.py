@@ -40,6 +40,11 @@ def refuse_unsupported(vllm_config: Any) -> None:
             "speculative decoding under asynchronous scheduling on the V1 model runner. Add --no-async-scheduling",
         ),
         (
+            speculative is not None and speculative.enable_adaptive_verification,
+            # There the device chooses how many drafts of a request a forward computes, and so where all tokens lie.
+            "adaptive verification of drafts. Set enable_adaptive_verification to false in --speculative-config",
+        ),
+        (
             staged and parallel.distributed_executor_backend != "mp",
             "pipeline parallelism over anything but vLLM's own processes. Use --distributed-executor-backend mp",
         ),
