@@ -302,9 +302,11 @@ def cpu_rounds(functions: dict[str, Implementation], seconds: float) -> dict[str
     end = time.perf_counter() + seconds
     order = list(functions.items())
     while time.perf_counter() < end or len(times["ours"]) < 9:
-        # One finds in the cache what the one before it read: each follows each as often.
         random.shuffle(order)
         for name, function in order:
+            # Each finds in the caches what it left there itself, as in a loop over tokens. Else those that share a
+            # library would warm its code for each other, and ratios would depend on who else is measured.
+            function()
             start = time.perf_counter()
             function()
             times[name].append(1e6 * (time.perf_counter() - start))

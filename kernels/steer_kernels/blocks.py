@@ -12,6 +12,8 @@ BLOCK_BYTES = 32 << 20
 """Pre-activations at once. A block reads the whole encoder, so it should not be small either: at 131,072 features this
 is 64 tokens, where reading no longer dominates."""
 
+ONEDNN = mkldnn.is_available()
+
 WIDENED_BYTES = 1 << 20
 """Encoder rows of half precision that are widened at once: about what a core's cache holds."""
 
@@ -21,12 +23,9 @@ def pre_activation_blocks(
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """(tokens, p [n, d_sae] float32) for all tokens in turn; p is fresh memory, the caller's to change."""
     size = max(1, BLOCK_BYTES // (4 * encoder.shape[0]))
-    if 0 < x.shape[0] <= size:
-        yield slice(0, x.shape[0]), _pre_activations(x, encoder, b_enc, scale)
-        return
     for start in range(0, x.shape[0], size):
         tokens = slice(start, min(start + size, x.shape[0]))
-        yield tokens, _pre_activations(x[tokens], encoder, b_enc, None if scale is None else scale[tokens])
+        yield tokens, pre_activations(x[tokens], encoder, b_enc, None if scale is None else scale[tokens])
 
 
 def _linear(x: torch.Tensor, encoder: torch.Tensor, b_enc: torch.Tensor | None) -> torch.Tensor:
@@ -36,14 +35,15 @@ def _linear(x: torch.Tensor, encoder: torch.Tensor, b_enc: torch.Tensor | None) 
     half the time on an AMD EPYC with AVX-512 (d_in 2304, d_sae 16,384, 4 tokens: 24 against 48 ms on one core).
     """
     # Rows that are not together in memory oneDNN would copy at each call.
-    if mkldnn.is_available() and mkldnn.enabled and encoder.stride(1) == 1:
+    if ONEDNN and encoder.stride(1) == 1:
         return torch.ops.mkldnn._linear_pointwise(x, encoder, b_enc, "none", [], "")
     return F.linear(x, encoder, b_enc)
 
 
-def _pre_activations(
+def pre_activations(
     x: torch.Tensor, encoder: torch.Tensor, b_enc: torch.Tensor, scale: torch.Tensor | None
 ) -> torch.Tensor:
+    """p [tokens, d_sae] float32, fresh memory, of so few tokens that all of it may be held at once."""
     if x.dtype == torch.float32:
         if scale is None:
             return _linear(x, encoder, b_enc)

@@ -35,7 +35,25 @@ CALLS = [
 @pytest.mark.parametrize(("op", "arguments"), CALLS)
 def test_registration(op, arguments):
     """torch's own checks: the schema tells what is mutated, and the fake implementation tells shapes and dtypes."""
-    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+    registered = getattr(torch.ops.steer_kernels, op.__name__)
+    torch.library.opcheck(registered, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("arguments", [arguments for op, arguments in CALLS if op is encode_topk])
+def test_the_short_way_on_a_cpu_is_the_op(arguments):
+    expected = torch.ops.steer_kernels.encode_topk(*arguments)
+    with torch.inference_mode():
+        got = encode_topk(*arguments)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+        assert one.stride() == other.stride()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_fake_tensors_never_go_the_short_way(grad):
+    with torch._subclasses.FakeTensorMode() as mode, torch.set_grad_enabled(grad):
+        values, features = encode_topk(*(mode.from_tensor(t) for t in (X, W, B)), 6, False, None)
+    assert values.shape == features.shape == (5, 6)
 
 
 def test_results_lie_as_a_compiled_model_takes_them_to():

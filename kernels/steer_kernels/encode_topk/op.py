@@ -46,5 +46,12 @@ _library.impl("encode_topk", _encode_topk_cpu, "CPU")
 _library.impl("encode_topk", _encode_topk_gpu, "CUDA")
 torch.library.register_fake("steer_kernels::encode_topk", _encode_topk_fake, lib=_library)
 
-encode_topk = torch.ops.steer_kernels.encode_topk
-"""encode_topk(x, encoder, b_enc, k, absolute, scale): as `encode_topk_reference`, with p in float32."""
+
+def encode_topk(
+    x: torch.Tensor, encoder: torch.Tensor, b_enc: torch.Tensor, k: int, absolute: bool, scale: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `encode_topk_reference`, with p in float32."""
+    if type(x) is torch.Tensor and x.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # One token's way to Python and back through torch's dispatcher takes longer than the choice of its features.
+        return _encode_topk_cpu(x, encoder, b_enc, k, absolute, scale)
+    return torch.ops.steer_kernels.encode_topk(x, encoder, b_enc, k, absolute, scale)
