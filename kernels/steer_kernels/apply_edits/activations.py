@@ -19,6 +19,8 @@ class Response:
 
     threshold: torch.Tensor | None
     scale: torch.Tensor
+    gain: torch.Tensor
+    """scale - 1."""
     shift: torch.Tensor
     low: torch.Tensor | None
     high: torch.Tensor | None
@@ -33,6 +35,7 @@ class Response:
         return Response(
             threshold=column(edits.threshold, -np.inf),
             scale=torch.from_numpy(edits.scale).to(device),
+            gain=torch.from_numpy(edits.scale - np.float32(1)).to(device),
             shift=torch.from_numpy(edits.shift).to(device),
             low=column(edits.low, -np.inf),
             high=column(edits.high, np.inf),
@@ -51,6 +54,8 @@ class Response:
         return torch.ones_like(pre, dtype=torch.bool) if self.threshold is None else pre > self.threshold
 
     def coefficient(self, f: torch.Tensor) -> torch.Tensor:
+        if self.low is None and self.high is None:
+            return torch.addcmul(self.shift, f, self.gain)
         g = torch.addcmul(self.shift, f, self.scale)
         if self.low is not None:
             g = torch.maximum(g, self.low)

@@ -49,7 +49,7 @@ class ReadPairs:
         )
 
     def pre_acts(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.linalg.vecdot(x, self.read) + self.bias
+        return torch.linalg.vecdot(x, self.read).add_(self.bias)
 
     def coefficient(self, f: torch.Tensor, s: torch.Tensor | None) -> torch.Tensor:
         """What `write` is multiplied by, [P]."""
