@@ -11,6 +11,7 @@ import torch
 from steer_kernels.apply_edits.activations import MEMBERSHIP_CHUNK, Response, Selector
 from steer_kernels.apply_edits.batch_tokens import Tokens, constant_of, gather
 from steer_kernels.apply_edits.edits import SiteEdits, TokenNorm, TopKEncoder
+from steer_kernels.count_above.torch_path import features_ahead
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,6 @@ class MemberPairs:
             all_pre = selector.pre_acts(x.index_select(0, slots)).index_select(0, inverse)
             feature = selector.feature[chunk].unsqueeze(-1)
             pre = all_pre.gather(1, feature)
-            scores, score = (all_pre.abs(), pre.abs()) if selector.absolute else (all_pre, pre)
-            ahead = (scores > score).sum(-1)
-            index = torch.arange(scores.shape[1], device=x.device)
-            ahead += ((scores == score) & (index < feature)).sum(-1)
+            ahead = features_ahead(all_pre.abs() if selector.absolute else all_pre, feature).squeeze(-1)
             f[chunk] = torch.where(ahead < selector.k, pairs.response.activation(pre.squeeze(-1), chunk), 0.0)
         return f if probability is None else f.mul_(probability)

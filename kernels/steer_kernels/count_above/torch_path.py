@@ -25,7 +25,7 @@ def count_above_torch(
     needed = asked.any(-1).nonzero().squeeze(-1)
     for chunk in needed.split(max(1, _GATHERED // max(1, features.shape[1] * x.shape[1]))):
         given = encoder[rows[chunk]].float()
-        products = torch.einsum("tnd,td->tn", given, x[chunk].float())
+        products = torch.linalg.vecdot(given, x[chunk].float().unsqueeze(1))
         if scale is not None:
             products *= scale[chunk].unsqueeze(-1)
         p[chunk] = torch.where(asked[chunk], products + b_enc[rows[chunk]], 0.0)
@@ -39,12 +39,8 @@ def count_above_torch(
         # One p a feature, from one product: another order of sums could put it before or behind its own value.
         p[block] = torch.where(above[block], own, p[block])
         ranked = pre_acts.abs() if absolute else pre_acts
-        for column in range(features.shape[1]):
-            counted = above[block, column]
-            if bool(counted.any()):
-                ahead[block, column] = torch.where(
-                    counted, _ahead(ranked, rows[block, column], counted), ahead[block, column]
-                )
+        found = features_ahead(ranked, rows[block], above[block])
+        ahead[block] = torch.where(above[block], found, ahead[block])
     return p, ahead
 
 
@@ -52,11 +48,28 @@ _GATHERED = 1 << 22
 """Numbers of encoder rows that are gathered at once."""
 
 
-def _ahead(ranked: torch.Tensor, feature: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """How many of ranked [n, d_sae] come before `feature` [n], int32. NaN compares as neither more nor equal."""
-    size = ranked.gather(-1, feature.unsqueeze(-1))
-    ahead = (ranked > size).sum(-1)
-    tied = ranked == size
-    for token in (counted & (tied.sum(-1) > 1)).nonzero().squeeze(-1).tolist():
-        ahead[token] += tied[token, : feature[token]].sum()
-    return ahead.int()
+_COMPARED = 1 << 20
+"""Comparisons at once: their results fit a core's cache."""
+
+
+def features_ahead(ranked: torch.Tensor, features: torch.Tensor, counted: torch.Tensor | None = None) -> torch.Tensor:
+    """How many of ranked [n, d_sae] come before each of features [n, m] of its row, int32.
+
+    counted [n, m]: those that are asked for (default: all); the others come out as anything. NaN compares as neither
+    more nor equal, so that it comes after everything.
+    """
+    (n, d_sae), m = ranked.shape, features.shape[1]
+    ahead = torch.empty(features.shape, dtype=torch.int32, device=ranked.device)
+    step = max(1, _COMPARED // max(1, m * d_sae))
+    for start in range(0, n, step):
+        part = slice(start, start + step)
+        size, others = ranked[part].gather(-1, features[part]).unsqueeze(-1), ranked[part].unsqueeze(1)
+        more = (others > size).sum(-1, dtype=torch.int32)
+        tied = (others >= size).sum(-1, dtype=torch.int32) - more > 1
+        ahead[part] = more
+        if counted is not None:
+            tied &= counted[part]
+        for token, column in tied.nonzero().tolist():
+            lower = ranked[start + token, : features[start + token, column]]
+            ahead[start + token, column] += (lower == size[token, column]).sum()
+    return ahead
