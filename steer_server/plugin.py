@@ -22,6 +22,7 @@ def register() -> None:
         pipeline,
         runner_v1,
         runner_v2,
+        step_reports,
         worker_methods,
     )
 
@@ -32,6 +33,7 @@ def register() -> None:
     runner_v1.install()
     runner_v2.install()
     cuda_graphs.install()
+    step_reports.install()
     pipeline.install()
     worker_methods.install()
 

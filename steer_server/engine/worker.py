@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from sae_models import SAE
 from steer_kernels.apply_edits import (
     MAX_RANKED,
     CapturingSite,
+    Ranking,
     Room,
     Site,
     SiteEdits,
@@ -27,6 +29,13 @@ from steer_kernels.triton_devices import runs_triton
 from steer_server.catalog import open_catalog
 from steer_server.engine.config import ConfigError, SteeringConfig
 from steer_server.engine.row_bank import Row, RowBank
+from steer_server.engine.whole_forwards import (
+    Graphs,
+    ReplayedForward,
+    count_so_far,
+    edited_tokens,
+    sites_that_do_not_launch,
+)
 from steer_server.plan import DecoderRow, EncoderRow, InlineRow, Plan, RowRef
 
 NORMS = {"none": TokenNorm.NONE, "layer_norm": TokenNorm.LAYER_NORM, "constant_norm": TokenNorm.CONSTANT_NORM}
@@ -37,18 +46,29 @@ class StepReport:
     """What one forward did.
 
     spans: positions [start, end) computed with their edits, by request. missing_sites: sites that had work in this
-    forward and did not do it, here or on an earlier pipeline stage.
+    forward and did not do it, here or on an earlier pipeline stage. replayed: of a forward that a CUDA graph replayed
+    whole, what tells of its sites; None where `missing_sites` has all.
     """
 
     spans: dict[str, tuple[int, int]]
     missing_sites: list[str]
+    replayed: ReplayedForward | None = None
+
+    def settled(self) -> StepReport:
+        """With all missing sites, whatever runs on the device. Waits for the forward."""
+        if self.replayed is None:
+            return self
+        return StepReport(self.spans, [*self.missing_sites, *self.replayed.missing_sites()])
 
 
 @dataclass(frozen=True)
 class _Request:
+    """for_graphs: whether all of its edits are among those that the launches in a CUDA graph apply."""
+
     plan: Plan
     prompt_len: int
     refs: frozenset[RowRef]
+    for_graphs: bool
 
 
 @dataclass(frozen=True)
@@ -100,10 +120,19 @@ class WorkerSteering:
         self._saes: dict[str, SAE] = catalog.by_hash()
         self.bank = RowBank(config.rows, config.d_model, dtype, device)
         self.encoders, self._encoder_index = _encoders(self._saes, config.sites, device)
+        self._room = _room(config)
         self.table: StepTable | None = None
-        """Where the device runs Triton's kernels: the edits that they apply."""
+        """Where the device runs Triton's kernels: the edits that they apply. CUDA graphs hold it, so it never grows."""
         if runs_triton(device):
-            self.table = StepTable(self.bank.rows, len(config.sites), self.encoders, _room(config))
+            self.table = StepTable(self.bank.rows, len(config.sites), self.encoders, self._room)
+        self._large_table: StepTable | None = None
+        """In its place for the forwards that it has no room for."""
+        self.in_graphs = False
+        """Whether CUDA graphs of whole forwards were captured with every site's launch in them, and proven."""
+        self.replays_whole = False
+        """Whether one of them replays the forward at hand."""
+        self._graphs: Graphs | None = None
+        self._expected: tuple[str, ...] = ()
         self.sites: list[Site] = [Site() for _ in config.sites]
         self._capturing: list[CapturingSite] = []
         self._site_number = {site: i for i, site in enumerate(config.sites)}
@@ -115,6 +144,9 @@ class WorkerSteering:
         """Sites that edit in the forward at hand."""
         self._touched: set[int] = set()
         """Those, and the sites that they read."""
+        self._edited = np.zeros(len(config.sites), dtype=np.int64)
+        """Tokens that the table's edits act on in the forward at hand, by site."""
+        self._count_before: torch.Tensor | None = None
         self._spans: dict[str, tuple[int, int]] = {}
         self.missing_before: list[str] = []
         """Sites of earlier pipeline stages that had work in the forward at hand and did not do it."""
@@ -157,7 +189,55 @@ class WorkerSteering:
 
     def add_request(self, request_id: str, plan: Plan, prompt_len: int) -> None:
         mine = plan.without(self._elsewhere)
-        self._requests[request_id] = _Request(mine, prompt_len, mine.row_refs())
+        self._requests[request_id] = _Request(mine, prompt_len, mine.row_refs(), self._for_graphs(mine))
+
+    def expect_step(self, request_ids: Iterable[str]) -> None:
+        """The next forward is over tokens of `request_ids`; of none, where no request's."""
+        self._expected = tuple(request_ids)
+        self.replays_whole = False
+
+    @property
+    def graphs(self) -> Graphs:
+        """From which CUDA graphs the expected forward may be replayed."""
+        if self._graphs is not None:
+            return self._graphs
+        if self._capturing:
+            return Graphs.PIECES
+        steered = [self._requests[i] for i in self._expected if i in self._requests]
+        if not steered:
+            return Graphs.VANILLA
+        fit = sum(len(request.plan.edits) for request in steered) <= self._room.edits
+        fit = fit and all(request.for_graphs for request in steered)
+        return Graphs.STEERED if fit and self.in_graphs else Graphs.PIECES
+
+    @contextmanager
+    def every_launch(self) -> Iterator[None]:
+        """Forwards in here launch the kernel at every site, as CUDA graphs hold it: for any table, this one empty."""
+        table = self.table
+        assert table is not None
+        self._clear_table()
+        table.any_launch(self._rankings())
+        sites = [Site() for _ in self.config.sites]
+        for i, site in enumerate(sites):
+            site.edits = TableEdits(table, i)
+        bind_sites(sites)
+        self._graphs = Graphs.STEERED
+        try:
+            yield
+        finally:
+            self._graphs = None
+            bind_sites(())
+
+    def prove(self, replay: Callable[[], object]) -> list[str]:
+        """The sites for which a graph that was captured in `every_launch`, and that `replay` replays, has no launch."""
+        assert self.table is not None
+        self._clear_table()
+        self._graphs = Graphs.STEERED
+        try:
+            wrong = sites_that_do_not_launch(self.table, min(self._room.edits_a_group, self._room.edits), replay)
+        finally:
+            self._graphs = None
+        return [self.config.sites[i] for i in wrong]
 
     def remove_request(self, request_id: str) -> None:
         """Forget a finished request; its rows leave with the batch that it is no longer part of."""
@@ -186,12 +266,26 @@ class WorkerSteering:
         for site in self._capturing:
             site.tokens = int(np.sum(counts))
         bind_sites(self.sites)
+        self._count_before = None
+        if self.replays_whole:
+            assert self.table is not None
+            if not self._edited.any():
+                # The graph's launches look at it, and may not find what acted before.
+                self.table.clear()
+            self._count_before = count_so_far(self.table)
 
     def end_step(self) -> None:
         """Disarm the sites: whatever vLLM runs between steps (warm-up, dummy batches) is not steered."""
         bind_sites(())
-        missing = [self.config.sites[i] for i in self._active if self.sites[i].runs != 1]
-        self._report = StepReport(self._spans, [*self.missing_before, *missing]) if self._spans else None
+        if not self._spans:
+            self._report = None
+        elif self._count_before is None:
+            missing = [self.config.sites[i] for i in self._active if self.sites[i].runs != 1]
+            self._report = StepReport(self._spans, [*self.missing_before, *missing])
+        else:
+            assert self.table is not None
+            replayed = ReplayedForward.behind(self.table, self.config.sites, self._edited, self._count_before)
+            self._report = StepReport(self._spans, self.missing_before, replayed)
 
     def take_report(self) -> StepReport | None:
         """What the last forward did, once; None where it held no steered request."""
@@ -229,7 +323,7 @@ class WorkerSteering:
         if many.any():
             self._prepare(rows.take(many), site[many])
         if not many.all():
-            self._tabulate(self.table, rows.take(~many), site[~many], owner[~many])
+            self._tabulate(rows.take(~many), site[~many], owner[~many])
 
     def _prepare(self, rows: SiteEdits, site: npt.NDArray[np.int64]) -> None:
         """Give `rows`, sorted by the site where they are written, to the torch path."""
@@ -241,11 +335,12 @@ class WorkerSteering:
                 self.sites[reads.source].reads.append(reads)
                 self._touched.add(reads.source)
 
-    def _tabulate(
-        self, table: StepTable, rows: SiteEdits, site: npt.NDArray[np.int64], owner: npt.NDArray[np.int64]
-    ) -> None:
+    def _tabulate(self, rows: SiteEdits, site: npt.NDArray[np.int64], owner: npt.NDArray[np.int64]) -> None:
         """Give `rows` to the Triton kernel."""
-        table.fill(rows, site, np.unique(owner, return_inverse=True)[1])
+        owners, group = np.unique(owner, return_inverse=True)
+        table = self._table_for(Room(int(rows.stop.max()), len(owners), len(rows), int(np.bincount(group).max())))
+        table.fill(rows, site, group)
+        self._edited = edited_tokens(rows.start, rows.stop, site, len(self.sites))
         written = set(site.tolist())
         at: dict[int, TableEdits] = {}
         # In the order of a forward: what is read for a site is read before it.
@@ -258,6 +353,31 @@ class WorkerSteering:
                 self.sites[i].reads.append(at[i])
                 self._touched.add(i)
 
+    def _table_for(self, needed: Room) -> StepTable:
+        assert self.table is not None
+        if self._room.holds(needed):
+            return self.table
+        if self._large_table is None:
+            self._large_table = StepTable(self.bank.rows, len(self.sites), self.encoders)
+        return self._large_table
+
+    def _for_graphs(self, plan: Plan) -> bool:
+        ranked = [self._encoder_index.get(edit.read.sae) for edit in plan.edits if isinstance(edit.read, EncoderRow)]
+        in_groups = any(number is not None and self.encoders[number].groups > 1 for number in ranked)
+        return len(plan.edits) <= self._room.edits_a_group and not in_groups
+
+    def _rankings(self) -> dict[int, list[Ranking]]:
+        """What any request may need ranked, by the site where it is read; of SAEs with groups, which need a pass each,
+        nothing."""
+        found: dict[int, list[Ranking]] = {}
+        for sha256, number in self._encoder_index.items():
+            if self.encoders[number].groups == 1:
+                sae = self._saes[sha256]
+                for site in (self._site_number.get(str(point)) for point in sae.hook_points):
+                    if site is not None:
+                        found.setdefault(site, []).append(Ranking(number, 0, NORMS[sae.token_norm]))
+        return found
+
     def _clear_table(self) -> None:
         for i in self._touched:
             self.sites[i].edits = None
@@ -265,6 +385,7 @@ class WorkerSteering:
         self._active = []
         self._touched = set()
         self._table_key = None
+        self._edited = np.zeros(len(self.sites), dtype=np.int64)
 
     def _enter(self, ids: list[str]) -> None:
         """Make `ids` the steered requests of the batch: rows of those that left are released, then new ones taken."""
@@ -322,7 +443,7 @@ class WorkerSteering:
 
 def _room(config: SteeringConfig) -> Room:
     """For every forward that vLLM can schedule, so that memory does not grow once vLLM has measured it. Where operators
-    allow very many edits a request, or fewer rows than all edits could need, room for the rest is made on need."""
+    allow very many edits a request, or fewer rows than all edits could need, the rest gets a table of its own."""
     edits = min(config.max_num_seqs * config.max_edits, config.rows)
     return Room(config.max_num_batched_tokens, config.max_num_seqs, edits, min(config.max_edits, MAX_RANKED))
 
@@ -360,4 +481,12 @@ def encoder_of(sae: SAE, device: torch.device) -> TopKEncoder:
     if selection.routed:
         W, b = sae.router()
         router = W.to(device), b.to(device)
-    return TopKEncoder(W_enc.to(device), b_enc.to(device), selection.k, selection.groups, selection.absolute, router)
+    return TopKEncoder(
+        W_enc=W_enc.to(device),
+        b_enc=b_enc.to(device),
+        k=selection.k,
+        groups=selection.groups,
+        absolute=selection.absolute,
+        floor=float(sae.thresholds().min()),
+        router=router,
+    )

@@ -2,7 +2,11 @@
 
 import pytest
 
+from steer_server.engine.vllm_compat.cuda_graphs import split_at_the_op
 from steer_server.plugin import register
+from tests.e2e.tiny_models import LLAMA, tiny
+
+GRAPH_SIZES = [1, 2, 4, 8]
 
 
 @pytest.fixture(scope="module")
@@ -19,3 +23,20 @@ def process_group(tmp_path_factory):
     yield
     parallel_state.destroy_model_parallel()
     parallel_state.destroy_distributed_environment()
+
+
+@pytest.fixture(scope="module")
+def vllm_config(tmp_path_factory, process_group):
+    """As a GPU has it: compiled, with CUDA graphs of GRAPH_SIZES."""
+    from vllm.config import CompilationMode, CUDAGraphMode
+    from vllm.engine.arg_utils import EngineArgs
+
+    model = tiny(tmp_path_factory.mktemp("llama"), LLAMA)
+    settings = {"load_format": "dummy", "skip_tokenizer_init": True, "dtype": "float32", "max_num_seqs": 8}
+    config = EngineArgs(str(model), **settings).create_engine_config()
+    compilation = config.compilation_config
+    compilation.mode = CompilationMode.VLLM_COMPILE
+    compilation.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size = GRAPH_SIZES, GRAPH_SIZES[-1]
+    split_at_the_op(compilation)
+    return config

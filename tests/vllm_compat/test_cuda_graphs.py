@@ -1,4 +1,11 @@
-"""vLLM's own choosers of CUDA graphs: a whole forward is replayed where nobody is steered, and nowhere else."""
+"""vLLM's own choosers of CUDA graphs: which graphs a step runs in. What is captured, and replayed, is in
+`graph_capture_cases.py`, which needs Triton."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,29 +15,10 @@ from steer_server.engine.config import ModelFacts, parse_options, resolve_config
 from steer_server.engine.vllm_compat.armed_model import ArmedModel
 from steer_server.engine.vllm_compat.cuda_graphs import OP_NAME, choose_graphs_for, split_at_the_op
 from steer_server.engine.worker import WorkerSteering
-from tests.e2e.tiny_models import LLAMA, tiny
 from tests.tensors import inline
 
-SIZES = [1, 2, 4, 8]
 DECODE = [(1, 1), (3, 4), (8, 8)]
 """(requests, the tokens of the graph that they need)."""
-
-
-@pytest.fixture(scope="module")
-def vllm_config(tmp_path_factory, process_group):
-    """As a GPU has it: compiled, with CUDA graphs of SIZES."""
-    from vllm.config import CompilationMode, CUDAGraphMode
-    from vllm.engine.arg_utils import EngineArgs
-
-    model = tiny(tmp_path_factory.mktemp("llama"), LLAMA)
-    settings = {"load_format": "dummy", "skip_tokenizer_init": True, "dtype": "float32", "max_num_seqs": 8}
-    config = EngineArgs(str(model), **settings).create_engine_config()
-    compilation = config.compilation_config
-    compilation.mode = CompilationMode.VLLM_COMPILE
-    compilation.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
-    compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size = SIZES, SIZES[-1]
-    split_at_the_op(compilation)
-    return config
 
 
 @pytest.fixture
@@ -46,6 +34,7 @@ def steer_one_request(armed):
     vector = {"data": inline(torch.ones(8)), "layers": [1], "op": "add", "strength": 1.0}
     plan = Admission(armed.steering.config).admit({"vectors": [vector]}).plan
     armed.steering.add_request("steered", plan, 3)
+    armed.steering.expect_step(["other", "steered"])
 
 
 def v1_chooser(vllm_config, armed):
@@ -92,16 +81,19 @@ def choose(request, vllm_config, armed):
 
 
 @pytest.mark.parametrize(("requests", "graph"), DECODE)
-def test_a_steered_decode_step_is_not_replayed_whole(choose, armed, requests, graph):
+def test_without_graphs_of_its_own_a_steered_decode_step_is_not_replayed_whole(choose, armed, requests, graph):
     assert choose(requests, requests, True) == ("FULL", graph)
     steer_one_request(armed)
     assert choose(requests, requests, True) == ("PIECEWISE", graph)
-    armed.steering.remove_request("steered")
+    armed.steering.expect_step(["other"])
     assert choose(requests, requests, True) == ("FULL", graph)
+    assert not armed.steering.replays_whole
 
 
 def test_nor_is_one_whose_stream_is_captured(choose, armed):
+    armed.steering.in_graphs = True
     armed.steering.capture(["blocks.1.hook_resid_post"])
+    steer_one_request(armed)
     assert choose(2, 2, True) == ("PIECEWISE", 2)
     armed.steering.capture([])
     assert choose(2, 2, True) == ("FULL", 2)
@@ -110,8 +102,10 @@ def test_nor_is_one_whose_stream_is_captured(choose, armed):
 def test_other_steps_are_run_as_they_were(choose, armed):
     plain = [choose(1, 5, False), choose(2, 100, False)]
     assert plain == [("PIECEWISE", 8), ("NONE", 100)]
-    steer_one_request(armed)
-    assert [choose(1, 5, False), choose(2, 100, False)] == plain
+    for armed.steering.in_graphs in (False, True):
+        steer_one_request(armed)
+        assert [choose(1, 5, False), choose(2, 100, False)] == plain
+        assert not armed.steering.replays_whole
 
 
 def test_a_chooser_that_nothing_arms_is_vllms(vllm_config):
@@ -143,3 +137,22 @@ def test_the_compiled_graph_is_split_at_the_op():
             assert changed.splitting_ops_contain_attention()
     cpu = after(mode=CompilationMode.DYNAMO_TRACE_ONCE, cudagraph_mode=CUDAGraphMode.NONE)
     assert cpu.splitting_ops is None
+
+
+@pytest.mark.interprets
+def test_graphs_of_steered_forwards():
+    root = Path(__file__).parents[2]
+    cases = Path(__file__).with_name("graph_capture_cases.py")
+    path = os.pathsep.join([str(root / "tests" / "e2e" / "interpreted"), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", result.stdout.strip().splitlines()[-1])
+    assert passed is not None
+    assert int(passed[1]) >= 17

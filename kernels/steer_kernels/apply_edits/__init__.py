@@ -11,7 +11,7 @@ is read from the incoming stream and the deltas are summed, so the order of the 
 from steer_kernels.apply_edits.edits import SiteEdits, TokenNorm, TopKEncoder
 from steer_kernels.apply_edits.op import CapturingSite, Site, apply_edits, bind_sites
 from steer_kernels.apply_edits.reference import apply_edits_reference
-from steer_kernels.apply_edits.step_table import MAX_RANKED, Room, StepTable
+from steer_kernels.apply_edits.step_table import MAX_RANKED, Ranking, Room, StepTable
 from steer_kernels.apply_edits.table_edits import TableEdits
 from steer_kernels.apply_edits.torch_path import (
     PreparedEdits,
@@ -25,6 +25,7 @@ __all__ = [
     "MAX_RANKED",
     "CapturingSite",
     "PreparedEdits",
+    "Ranking",
     "RemoteReads",
     "Room",
     "Site",

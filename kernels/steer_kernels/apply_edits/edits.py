@@ -55,6 +55,7 @@ class TopKEncoder:
     k: of each group, the k largest pre-activations survive; equal values are ranked by index (Gao et al. 2024).
     groups: the features are in so many consecutive groups of equal size.
     absolute: magnitudes are compared (AbsTopK).
+    floor: the smallest threshold of a feature: pre-activations (or magnitudes) up to it are off whatever their rank.
     router: (W [d_model, groups], b [groups]), float32. Only the group with the largest `a * x @ W + b` survives, the
         first of equals, its activations times the softmax probability of that group (Mudide et al. 2024).
     """
@@ -64,6 +65,7 @@ class TopKEncoder:
     k: int
     groups: int = 1
     absolute: bool = False
+    floor: float = float("-inf")
     router: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property

@@ -64,16 +64,16 @@ def rank(hidden: torch.Tensor, residual: torch.Tensor | None, table: StepTable, 
     if residual is not None:
         # Never in place: of a float32 stream, `stream` is a view.
         stream = stream + residual[:n_tokens].float()
-    shape = (n_tokens, table.stride)
-    pre_acts, survival = (buffer[: n_tokens * table.stride].view(shape) for buffer in (table.pre_acts, table.survival))
+    held = (n_tokens, table.stride)
+    pre_acts, survival = (buffer[: n_tokens * table.stride].view(held) for buffer in (table.pre_acts, table.survival))
     for ranking in rankings:
         encoder = table.encoders[ranking.encoder]
         first = ranking.group * encoder.group_size
         features = slice(first, first + encoder.group_size)
-        asked = torch.full(shape, -1, dtype=torch.int32, device=hidden.device)
+        asked = torch.full((n_tokens, table.columns), -1, dtype=torch.int32, device=hidden.device)
         _asked_features[(n_tokens,)](
             table.token_group, table.first_write, table.first_read, table.records, asked, site, table.n_sites,
-            table.stride, ranking.encoder, int(ranking.norm), first, features.stop - 1, EDITS=EDITS, num_warps=1,
+            table.columns, ranking.encoder, int(ranking.norm), first, features.stop - 1, EDITS=EDITS, num_warps=1,
         )  # fmt: skip
         x, _ = scaled(stream, ranking.norm)
         W_enc, b_enc = encoder.W_enc.T[features], encoder.b_enc[features]
@@ -81,9 +81,10 @@ def rank(hidden: torch.Tensor, residual: torch.Tensor | None, table: StepTable, 
         if encoder.router is not None:
             probability = group_probability(x, encoder.router, ranking.group).unsqueeze(-1)
         # Of a request's other edits nothing is asked: columns of them alone cost a launch.
-        for columns in (slice(start, start + MAX_RANKED) for start in range(0, table.stride, MAX_RANKED)):
+        for start in range(0, table.columns, MAX_RANKED):
+            columns = slice(start, min(start + MAX_RANKED, table.columns))
             wanted = asked[:, columns]
-            p, ahead = count_above(x, W_enc, b_enc, wanted, ranking.floor, encoder.absolute, None)
+            p, ahead = count_above(x, W_enc, b_enc, wanted, encoder.floor, encoder.absolute, None)
             alive = (ahead < encoder.k).float()
             if probability is not None:
                 alive *= probability

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -27,14 +27,12 @@ MAX_RANKED = 128
 class Ranking:
     """Features that are compared with those of their group of an encoder, as the edits that read at one site need.
 
-    encoder: its number. group: that of the features in it. norm: of the stream that is read. floor: pre-activations (or
-    magnitudes) up to it are off whatever their rank.
+    encoder: its number. group: that of the features in it. norm: of the stream that is read.
     """
 
     encoder: int
     group: int
     norm: TokenNorm
-    floor: float
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,9 @@ class Room:
     edits: int = 1
     edits_a_group: int = 1
 
+    def holds(self, needed: Room) -> bool:
+        return all(need <= has for need, has in zip(astuple(needed), astuple(self), strict=True))
+
 
 class StepTable:
     """Which edits act on which tokens, as `apply_table` reads it.
@@ -54,7 +55,8 @@ class StepTable:
     is written), their reads by (group, site that is read), and each order has one offset for each (group, site): a
     program finds what its token needs in two loads and leaves where that is nothing.
 
-    Buffers have room for what `room` says. Where a forward needs more they grow, by doubling, and are kept.
+    Buffers have room for what `room` says. Where a forward needs more they grow, by doubling, and are kept. While they
+    do not, a CUDA graph may hold them: what launches depend on beside the buffers is in `any_launch`.
 
     bank: [capacity, d_model], the rows, read in place. encoders: those that edits number.
     token_group: [tokens] int32, -1 where no edit acts. first_write, first_read: [groups * sites + 1] int32.
@@ -77,12 +79,15 @@ class StepTable:
             torch.zeros(size, dtype=torch.float32, device=bank.device)
             for size in (written, *[written if encoders else 0] * 2)
         )
-        self.stride = 0
-        """Coefficients of a token."""
+        self.stride = room.edits_a_group
+        """Coefficients of a token that there is room for."""
+        self.columns = 0
+        """Edits of the group that has most: so many of them are looked at where features are ranked."""
         self.longest_group = 0
         """Tokens from the first to the last of the group that has most."""
         self.rankings: dict[int, list[Ranking]] = {}
         """By the site where they are read."""
+        self._holds_edits = False
         self._turn = 0
         self._sizes: tuple[int, ...]
         self._allocate((room.tokens, room.groups, room.edits))
@@ -106,9 +111,11 @@ class StepTable:
         edits, site, group, source = edits.take(order), site[order], group[order], source[order]
         by_read = np.lexsort((source, group))
         n_tokens, n_groups = int(edits.stop.max()), int(group[-1]) + 1
-        self.stride = int(np.bincount(group).max())
+        self.columns = int(np.bincount(group).max())
+        self.stride = max(self.stride, self.columns)
         self.rankings = self._rankings(edits, source)
         self._grow(n_tokens, n_groups, len(edits))
+        self._holds_edits = True
 
         host = self._next_host()
         token_group, first_write, first_read, records = self._parts(host)
@@ -132,6 +139,25 @@ class StepTable:
         used_records[:, READ_ORDER] = by_read
         self._copy(self._starts[3] + len(edits) * WORDS)
 
+    def clear(self) -> None:
+        """Hold no edit, on the device too."""
+        if self._holds_edits:
+            token_group = self._parts(self._next_host())[0]
+            token_group[:] = -1
+            self._copy(len(token_group))
+            self._holds_edits = False
+
+    def any_launch(self, rankings: dict[int, list[Ranking]]) -> None:
+        """Hold no edit, but take the launches of every forward whose edits there is room for and whose features are
+        ranked as `rankings` say, by the site where they are read: for a CUDA graph, which is to hold them.
+
+        In the row form only, which is right for any groups, and the one for decoding.
+        """
+        self.clear()
+        self.rankings = rankings
+        self.columns = self.stride
+        self.longest_group = 0
+
     @property
     def held_tokens(self) -> int:
         """Tokens from there on are nobody's."""
@@ -144,14 +170,11 @@ class StepTable:
             return found
         sizes = np.array([encoder.group_size for encoder in self.encoders])
         group = edits.feature[through] // sizes[edits.encoder[through]]
-        kinds, kind = np.unique(
-            np.stack([source[through], edits.encoder[through], group, edits.norm[through]], axis=1),
-            axis=0,
-            return_inverse=True,
+        kinds = np.unique(
+            np.stack([source[through], edits.encoder[through], group, edits.norm[through]], axis=1), axis=0
         )
-        for i, (site, encoder, number, norm) in enumerate(kinds.tolist()):
-            floor = float(edits.threshold[through[kind.ravel() == i]].min())
-            found.setdefault(site, []).append(Ranking(encoder, number, TokenNorm(norm), floor))
+        for site, encoder, number, norm in kinds.tolist():
+            found.setdefault(site, []).append(Ranking(encoder, number, TokenNorm(norm)))
         return found
 
     def _grow(self, *needed: int) -> None:

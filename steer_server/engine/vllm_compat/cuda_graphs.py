@@ -1,36 +1,68 @@
-"""Seam: CUDA graphs. Where a request is steered the op runs between them; else a forward is replayed whole.
+"""Seam: CUDA graphs. vLLM's own while nobody is steered; of whole forwards a second set, with each site's launch in it.
 
-A FULL graph holds a whole forward as it was when vLLM captured it, with no site armed: what an unsteered step needs, at
-the speed of vanilla vLLM. What the op does in a steered step follows the step table, so such a step is run as vLLM runs
-a batch with a prefill in it, in PIECEWISE graphs that end where the op begins. Should a steered step be replayed whole
-nevertheless, its sites have not run and the worker reports them as missing.
+A FULL graph holds a whole forward as it was when vLLM captured it. vLLM's have no site armed: what an unsteered step
+needs, at the speed of vanilla vLLM. The second set is captured after it, one for each of vLLM's, while every site
+launches the kernel; what a launch does follows the step table in device memory. Their keys are twins of vLLM's: of a
+class of their own, with the same values, so that whatever vLLM looks up in a key it finds.
+
+A step that those graphs cannot hold (a stream is captured, too many edits, features ranked within groups) is run as
+vLLM runs a batch with a prefill in it, in PIECEWISE graphs that end where the op begins.
+
+Each graph of the second set is replayed once to prove that every site's launch is in it, as the kernel counts. Where
+that fails, or their capture does, steered steps run in PIECEWISE graphs, and a warning says so. In serving too, what a
+replayed forward did is what the kernel counted.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import fields
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import torch
+from vllm.logger import init_logger
+
 from steer_server.engine.vllm_compat.patching import when_imported, wrap
+from steer_server.engine.whole_forwards import Graphs
 
 if TYPE_CHECKING:
     from steer_server.engine.vllm_compat.armed_model import ArmedModel
+    from steer_server.engine.worker import WorkerSteering
 
 OP_NAME = "steer_kernels::apply_edits"
+CAPTURING = "Capturing CUDA graphs of steered forwards"
+
+# Under "vllm", whose handlers print in the engine's processes.
+logger = init_logger(f"vllm.{__name__}")
 
 
 def install() -> None:
     when_imported("vllm.v1.cudagraph_dispatcher", _install_dispatcher)
+    when_imported("vllm.v1.worker.gpu_model_runner", _install_v1_capture)
     when_imported("vllm.v1.worker.gpu.dp_utils", _install_agreement)
+    when_imported("vllm.v1.worker.gpu.cudagraph_utils", _install_v2_capture)
 
 
 def _install_dispatcher(module: ModuleType) -> None:
     wrap(module.CudagraphDispatcher, "dispatch", ("num_tokens", "invalid_modes"), _dispatch_v1)
 
 
+def _install_v1_capture(module: ModuleType) -> None:
+    runner = module.GPUModelRunner
+    wrap(runner, "_warmup_and_capture", ("desc", "cudagraph_runtime_mode"), _warmup_and_capture_v1)
+    wrap(runner, "capture_model", (), _capture_model_v1)
+
+
 def _install_agreement(module: ModuleType) -> None:
     takes = ("cudagraph_manager", "num_reqs", "num_tokens", "uniform_token_count", "max_query_len")
     wrap(module, "dispatch_cg_and_sync_dp", takes, _dispatch_v2)
+
+
+def _install_v2_capture(module: ModuleType) -> None:
+    wrap(module.CudaGraphManager, "capture", ("create_forward_fn", "progress_bar_desc"), _capture_v2)
+    wrap(module.ModelCudaGraphManager, "capture", ("model", "model_state"), _capture_model_v2)
 
 
 def split_at_the_op(compilation: Any) -> None:
@@ -50,22 +82,122 @@ def split_at_the_op(compilation: Any) -> None:
 
 
 def choose_graphs_for(armed: ArmedModel | None, chooser: Any) -> None:
-    """From now on `chooser`, what picks a runner's graphs, asks whether `armed` has a request to steer."""
+    """From now on `chooser`, what picks a runner's graphs, asks what `armed` has to do in the step at hand."""
     chooser.armed = armed
 
 
-def _has_work(chooser: Any) -> bool:
+def steered(key: Any) -> Any:
+    """The twin of a key of vLLM's graphs, under which the graph with every site's launch is kept."""
+    key_class: Any = type(key)
+    return _steered_class(key_class)(**{field.name: getattr(key, field.name) for field in fields(key)})
+
+
+@functools.cache
+def _steered_class(key_class: Any) -> Any:
+    # Data classes are equal only to those of the same class.
+    return type(f"Steered{key_class.__name__}", (key_class,), {})
+
+
+def _wanted(chooser: Any) -> Graphs:
     # A drafting model decodes with a chooser of its own, which nothing arms.
     armed: ArmedModel | None = getattr(chooser, "armed", None)
-    return armed is not None and armed.steering.has_work
+    return Graphs.VANILLA if armed is None else armed.steering.graphs
+
+
+def _may_capture(steering: WorkerSteering, vllm_config: Any) -> bool:
+    # A pipeline stage tells the next one what it missed when it hands on the stream, which waits for no count.
+    return steering.table is not None and vllm_config.parallel_config.pipeline_parallel_size == 1
+
+
+@torch.inference_mode()
+def _captured_every_launch(steering: WorkerSteering, capture: Callable[[], object]) -> bool:
+    try:
+        with steering.every_launch():
+            capture()
+    except Exception as error:
+        logger.warning("Steering: no CUDA graphs of steered forwards (%s: %s)", type(error).__name__, error)
+        return False
+    return True
+
+
+@torch.inference_mode()
+def _prove(steering: WorkerSteering, replays: list[tuple[Any, Callable[[], object]]]) -> None:
+    """Let steered steps be replayed whole, if every one of the graphs (key, what replays it) edits at every site."""
+    for key, replay in replays:
+        try:
+            missing = steering.prove(replay)
+        except Exception as error:
+            missing = [f"{type(error).__name__}: {error}"]
+        if missing:
+            logger.warning(
+                "Steering: steered forwards run in piecewise CUDA graphs: a whole one (%s) is wrong at %s",
+                key,
+                ", ".join(missing),
+            )
+            return
+    steering.in_graphs = bool(replays)
+    if replays:
+        logger.info(
+            "Steering: %d CUDA graphs of whole steered forwards, each proven to edit at every site", len(replays)
+        )
 
 
 def _dispatch_v1(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     from vllm.config import CUDAGraphMode
 
-    if _has_work(self):
+    wanted = _wanted(self)
+    if wanted is Graphs.PIECES:
         kwargs["invalid_modes"] = {CUDAGraphMode.FULL, *(kwargs.get("invalid_modes") or ())}
-    return original(self, *args, **kwargs)
+    mode, key = original(self, *args, **kwargs)
+    if wanted is Graphs.STEERED:
+        self.armed.steering.replays_whole = mode == CUDAGraphMode.FULL
+        key = steered(key) if mode == CUDAGraphMode.FULL else key
+    return mode, key
+
+
+def _warmup_and_capture_v1(
+    original: Any, self: Any, desc: Any, cudagraph_runtime_mode: Any, *args: Any, **kwargs: Any
+) -> None:
+    from vllm.config import CUDAGraphMode
+
+    def capture() -> None:
+        original(self, desc, cudagraph_runtime_mode, *args, **kwargs)
+
+    capture()
+    # Here, so that the memory that vLLM measures for its graphs is that of both.
+    if cudagraph_runtime_mode == CUDAGraphMode.FULL and self.steers_in_graphs:
+        self.steers_in_graphs = _captured_every_launch(self.armed.steering, capture)
+
+
+def _capture_model_v1(original: Any, self: Any) -> Any:
+    from vllm.config import CUDAGraphMode
+
+    size = original(self)
+    if self.steers_in_graphs:
+        whole = dict(self.cudagraph_dispatcher.get_capture_descs()).get(CUDAGraphMode.FULL, [])
+        _prove(self.armed.steering, [(key, functools.partial(_dummy_forward_v1, self, key)) for key in whole])
+        self.maybe_remove_all_loras(self.lora_config)
+    return size
+
+
+def _dummy_forward_v1(runner: Any, key: Any) -> None:
+    from vllm.config import CUDAGraphMode
+
+    runner._dummy_run(
+        key.num_tokens,
+        cudagraph_runtime_mode=CUDAGraphMode.FULL,
+        uniform_decode=key.uniform,
+        skip_eplb=True,
+        remove_lora=False,
+        num_active_loras=key.num_active_loras,
+    )
+
+
+def arm_graphs_v1(runner: Any) -> None:
+    """A loaded V1 runner's graphs, from now on, are chosen and captured with its sites in mind."""
+    armed: ArmedModel | None = runner.armed
+    choose_graphs_for(armed, runner.cudagraph_dispatcher)
+    runner.steers_in_graphs = armed is not None and _may_capture(armed.steering, runner.vllm_config)
 
 
 def _dispatch_v2(
@@ -77,8 +209,58 @@ def _dispatch_v2(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    if _has_work(cudagraph_manager):
+    from vllm.config import CUDAGraphMode
+
+    wanted = _wanted(cudagraph_manager)
+    if wanted is Graphs.PIECES:
         # As of requests of different lengths, which no whole graph is for. Data-parallel ranks agree on what they have
         # behind this, and pad alike.
         uniform_token_count = kwargs["max_query_len"] = None
-    return original(cudagraph_manager, num_reqs, num_tokens, uniform_token_count, *args, **kwargs)
+    key, agreement = original(cudagraph_manager, num_reqs, num_tokens, uniform_token_count, *args, **kwargs)
+    # A drafting model, which reads its prompt in the batch of the steered one, has no sites.
+    if wanted is Graphs.STEERED and getattr(cudagraph_manager, "has_sites", False):
+        whole = key.cg_mode == CUDAGraphMode.FULL
+        cudagraph_manager.armed.steering.replays_whole = whole
+        key = steered(key) if whole else key
+    return key, agreement
+
+
+def _capture_model_v2(original: Any, self: Any, model: Any, model_state: Any, *args: Any, **kwargs: Any) -> None:
+    self.has_sites = True
+    choose_graphs_for(getattr(model_state, "armed", None), self)
+    original(self, model, model_state, *args, **kwargs)
+
+
+def _capture_v2(original: Any, self: Any, create_forward_fn: Any, *args: Any, **kwargs: Any) -> None:
+    from vllm.config import CUDAGraphMode
+
+    original(self, create_forward_fn, *args, **kwargs)
+    armed: ArmedModel | None = getattr(self, "armed", None)
+    whole = self._capture_descs.get(CUDAGraphMode.FULL, [])
+    if not getattr(self, "has_sites", False) or armed is None or not whole:
+        return
+    if not _may_capture(armed.steering, self.vllm_config):
+        return
+    twins = [steered(key) for key in whole]
+    vanilla, samples = self._capture_descs, self._capture_mem_samples
+    profiling = samples is not None
+    self._capture_descs, self._capture_mem_samples = {CUDAGraphMode.FULL: twins}, [] if profiling else None
+    try:
+        captured = _captured_every_launch(
+            armed.steering, lambda: original(self, create_forward_fn, progress_bar_desc=CAPTURING)
+        )
+        if profiling:
+            # What one graph of each set takes, together: vLLM multiplies it by the number of its own.
+            samples[:] = [one + other for one, other in zip(samples, self._capture_mem_samples, strict=False)]
+    finally:
+        self._capture_descs, self._capture_mem_samples = vanilla, samples
+    if captured and not profiling:
+        _prove(
+            armed.steering, [(key, functools.partial(_dummy_forward_v2, self, create_forward_fn, key)) for key in twins]
+        )
+
+
+def _dummy_forward_v2(manager: Any, create_forward_fn: Any, key: Any) -> None:
+    # The inputs of that graph, as at capture.
+    create_forward_fn(key, warmup=False)
+    manager.graphs[key].replay()

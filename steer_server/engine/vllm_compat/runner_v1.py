@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from steer_server.engine.vllm_compat.armed_model import ArmedModel, arm
-from steer_server.engine.vllm_compat.cuda_graphs import choose_graphs_for
+from steer_server.engine.vllm_compat.cuda_graphs import arm_graphs_v1
 from steer_server.engine.vllm_compat.patching import when_imported, wrap
+from steer_server.engine.vllm_compat.step_reports import attach_report
 
 
 def install() -> None:
@@ -32,7 +33,7 @@ def _install_cpu_runner(module: ModuleType) -> None:
 def _load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     original(self, *args, **kwargs)
     self.armed = arm(self.vllm_config, self.get_model(), self.device)
-    choose_graphs_for(self.armed, self.cudagraph_dispatcher)
+    arm_graphs_v1(self)
 
 
 def _update_states(original: Any, self: Any, scheduler_output: Any) -> Any:
@@ -42,6 +43,7 @@ def _update_states(original: Any, self: Any, scheduler_output: Any) -> Any:
             armed.steering.remove_request(request_id)
         for new in scheduler_output.scheduled_new_reqs:
             armed.add_request(new)
+        armed.steering.expect_step(scheduler_output.num_scheduled_tokens)
     return original(self, scheduler_output)
 
 
@@ -57,12 +59,11 @@ def _model_forward(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         return original(self, *args, **kwargs)
     finally:
         armed.steering.end_step()
+        # vLLM's dummy batches come without word of whose they are.
+        armed.steering.expect_step(())
 
 
 def _sample_tokens(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     output = original(self, *args, **kwargs)
-    report = None if self.armed is None else self.armed.steering.take_report()
-    if report is not None:
-        # Asynchronous scheduling wraps the output that the scheduler will see.
-        getattr(output, "_model_runner_output", output).steering_report = report
+    attach_report(self.armed, output)
     return output

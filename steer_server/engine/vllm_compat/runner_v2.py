@@ -13,6 +13,7 @@ from steer_server.engine.vllm_compat.cuda_graphs import choose_graphs_for
 from steer_server.engine.vllm_compat.engine_config import steering_config
 from steer_server.engine.vllm_compat.patching import when_imported, wrap
 from steer_server.engine.vllm_compat.pipeline import hand_on_missing, take_missing
+from steer_server.engine.vllm_compat.step_reports import attach_report
 
 
 def install() -> None:
@@ -99,6 +100,8 @@ def _execute_model(
             choose_graphs_for(self.armed, chooser)
     if self.armed is None:
         return original(self, scheduler_output, intermediate_tensors, *args, **kwargs)
+    # Of a dummy batch too, whose requests nobody steers.
+    self.armed.steering.expect_step(scheduler_output.num_scheduled_tokens)
     try:
         output = original(self, scheduler_output, intermediate_tensors, *args, **kwargs)
         # Behind the forward, which had to wait for them.
@@ -110,8 +113,5 @@ def _execute_model(
 
 def _sample_tokens(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     output = original(self, *args, **kwargs)
-    report = None if self.armed is None else self.armed.steering.take_report()
-    if report is not None:
-        # What the scheduler will see is inside of it.
-        output.model_runner_output.steering_report = report
+    attach_report(self.armed, output)
     return output
