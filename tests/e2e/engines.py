@@ -79,3 +79,15 @@ def assert_receipt(oracle, output, spec, cached=None):
         assert line["tokens"] + line["cached"] == targeted(spec, entry, prompt_len, length, skip)
         if cached is not None:
             assert line["cached"] == targeted(spec, entry, prompt_len, cached, skip)
+
+
+def replays(llm) -> tuple[int, int]:
+    """Forwards of a V2 runner so far that were replayed whole: from vLLM's graphs, and from those of steered ones."""
+
+    def counted(worker):
+        import emulated_graphs
+
+        return dict(emulated_graphs.replays)
+
+    (found,) = llm.collective_rpc(counted)
+    return found.get("BatchExecutionDescriptor", 0), found.get("SteeredBatchExecutionDescriptor", 0)

@@ -1,4 +1,5 @@
-"""A real engine on the V2 model runner against the oracle. `test_runner_v2.py` runs this."""
+"""A real engine on the V2 model runner against the oracle, its decode steps replayed from (emulated) CUDA graphs.
+`test_runner_v2.py` runs this."""
 
 import pytest
 import torch
@@ -100,6 +101,18 @@ def test_every_spec_moves_the_model(tiny_oracle):
             steered, plain = (tiny_oracle.logprobs(tokens, 30, s) for s in (spec, None))
             likely = steered.topk(3, dim=-1).indices
             assert (steered - plain).gather(-1, likely).abs().max() > 10 * engines.LOGPROB_TOLERANCE, name
+
+
+def test_decode_steps_are_replayed_whole(v2):
+    """From the graphs with the launches of every site where a request is steered, from vLLM's own where none is."""
+    mixed = ["unsteered", "add", "prompt only"]
+    for names in (["unsteered"], ["add"], mixed):
+        before = engines.replays(v2)
+        params = [engines.params(SPECS[name], max_tokens=5, detokenize=False) for name in names]
+        engines.generate(v2, [prompt(40 + i, 8 + i) for i in range(len(names))], params)
+        vanilla, steered = (n - m for n, m in zip(engines.replays(v2), before, strict=True))
+        # The first of several may be scheduled before the others have come.
+        assert steered >= 4 if names == mixed else (vanilla, steered) == ((0, 4) if names == ["add"] else (4, 0))
 
 
 def test_chunked_prompts_mixed_batches_and_preemption(v2, tiny_oracle):

@@ -1,4 +1,4 @@
-"""Drafts on the V2 model runner. `test_runner_v2.py` runs this."""
+"""Drafts on the V2 model runner, verified in (emulated) CUDA graphs. `test_runner_v2.py` runs this."""
 
 import pytest
 from vllm.v1.metrics.reader import Counter
@@ -26,6 +26,7 @@ def test_drafts(method, asynchronous, random_model, random_saes, random_oracle, 
         assert chosen.scheduler_config.async_scheduling == asynchronous
         compare_all(llm, random_oracle, few_specs, tokens=32)
         counted = {metric.name: metric.value for metric in llm.get_metrics() if isinstance(metric, Counter)}
+        assert engines.replays(llm)[1] > 10
         assert 0 < counted["vllm:spec_decode_num_accepted_tokens"] < counted["vllm:spec_decode_num_draft_tokens"]
     finally:
         engines.stop(llm)

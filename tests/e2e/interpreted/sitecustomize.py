@@ -41,3 +41,9 @@ def _take_masks_of_any_integer(interpreter):
 register_post_import_hook(_take_masks_of_any_integer, "triton.runtime.interpreter")
 register_post_import_hook(_add_cpu_backend, "triton.backends")
 register_post_import_hook(_keep_asynchronous_scheduling, "vllm.platforms.cpu")
+if os.environ.get("EMULATED_CUDA_GRAPHS") == "1":
+    import emulated_graphs
+
+    register_post_import_hook(emulated_graphs.give_managers_graphs, "vllm.v1.worker.gpu.cudagraph_utils")
+    register_post_import_hook(emulated_graphs.keep_metadata, "vllm.v1.worker.gpu.model_states.default")
+    register_post_import_hook(emulated_graphs.capture_at_warm_up, "vllm.v1.worker.cpu_worker")
