@@ -27,6 +27,8 @@ KERNELS = (
 def test_kernels_in_the_interpreter():
     # One process for all: each would import torch and Triton anew.
     tests = [f"tests/kernels/test_{kernel}.py" for kernel in KERNELS] + [
+        "tests/kernels/test_apply_edits_graph.py",
+        "tests/kernels/test_whole_sae_graphs.py",
         "tests/engine/test_worker_steering.py",
         "tests/engine/test_kernel_test.py",
     ]
