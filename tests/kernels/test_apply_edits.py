@@ -19,21 +19,24 @@ from steer_kernels.apply_edits import (
     bind_sites,
     prepare_edits,
     read_activations,
+    torch_path,
 )
 from steer_kernels.apply_edits.reference import is_topk_member, survival, token_scales
 from steer_kernels.apply_edits.step_table import StepTable
 from tests.kernels.conftest import DEVICES, INTERPRETED
 
 INF = float("inf")
-FORMS = ["torch"] if DEVICES == ["cpu"] else ["rows", "blocks"]
+FORMS = ["torch", "compiled"] if DEVICES == ["cpu"] else ["rows", "blocks"]
 EXAMPLES = 10 if INTERPRETED else 150
 
 
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
-    """Where edits are applied: by the torch path, or by the Triton kernel, in its row form alone or with its grouped
-    form wherever tokens share their edits."""
-    if request.param != "torch":
+    """Where edits are applied: by the torch path, alone or with the kernel that is compiled for CPUs; or by the Triton
+    kernel, in its row form alone or with its grouped form wherever tokens share their edits."""
+    if request.param == "torch":
+        monkeypatch.setattr(torch_path, "COMPILED_UNTIL", 0)
+    elif request.param != "compiled":
         from steer_kernels.apply_edits import triton_kernel
 
         monkeypatch.setattr(triton_kernel, "GROUPED_FROM", 1 if request.param == "blocks" else 1 << 30)
@@ -75,7 +78,7 @@ def token_groups(edits: SiteEdits) -> np.ndarray:
 
 def run(form, hidden, residual, rows, edits, encoders=(), sources=None):
     """The new hidden; sources: by site, the streams that are read elsewhere, before this site runs."""
-    if form != "torch":
+    if form in ("rows", "blocks"):
         return run_kernel(hidden, residual, rows, edits, encoders, sources)
     out = hidden.clone()
     prepared = prepare_edits(edits, rows, encoders)
