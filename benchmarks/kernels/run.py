@@ -10,6 +10,9 @@ whose median is least: below 1 is faster. On a CPU, OMP_NUM_THREADS says how man
 
 Baselines: eager torch; torch.compile; on a CPU also torch.compile with frozen weights, of which it packs a second copy;
 on a GPU also a plain Triton kernel for decoding.
+
+apply_edits: each token has one feature of its own; apply_edits_8: eight; apply_edits_prompt: all tokens are one
+request's and share eight, for which a GPU's two forms of the kernel are measured apart (rows_us, blocks_us).
 """
 
 from __future__ import annotations
@@ -61,6 +64,8 @@ SHAPES = {
 TOKENS = {"cuda": [1, 4, 16, 64, 128, 256, 2048, 8192], "cpu": [1, 4, 16, 64]}
 DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}
 GIVEN = 8
+EDITS = {"apply_edits": 1, "apply_edits_8": 8, "apply_edits_prompt": 8}
+"""Features that act on a token, by op."""
 CAPACITY_PER_K = 4
 
 
@@ -104,7 +109,8 @@ class Row:
 
     floor_us: reading what must be read at the measured bandwidth, or multiplying at the measured rate, whichever takes
     longer; of_roofline: floor_us over our time. failed_rows: rows with a tile that was run again;
-    of a screened op, those for which the encoder was read after all.
+    of a screened op, those for which the encoder was read after all. rows_us, blocks_us: apply_edits' forms, each where
+    the other is not launched.
     """
 
     op: str
@@ -124,6 +130,8 @@ class Row:
     of_roofline: float | None
     workspace_bytes: int | None
     failed_rows: int | None
+    rows_us: float | None = None
+    blocks_us: float | None = None
 
 
 def check(device: str) -> None:
@@ -153,9 +161,10 @@ def check(device: str) -> None:
                 (decode_sparse_reference(features, values, W, None, None, None),),
             ),
         ]
-        edited, edits = x.to(device, copy=True), features_set(tokens)
-        editing(edits, on[1])(edited)
-        pairs.append(((edited,), (apply_edits_reference(x, None, W, edits),)))
+        for op in EDITS:
+            edited, edits = x.to(device, copy=True), features_set(op, tokens, d_sae)
+            editing(edits, on[1])(edited)
+            pairs.append(((edited,), (apply_edits_reference(x, None, W, edits),)))
         for ours, expected in pairs:
             for one, other in zip(ours, expected, strict=True):
                 torch.testing.assert_close(one.cpu().double(), other.double(), rtol=0, atol=0)
@@ -168,24 +177,28 @@ def cut_off(
     return p, ahead.clamp(max=k)
 
 
-def features_set(tokens: int) -> SiteEdits:
-    """Each token's own feature is set to 4, as when every running request has its own: row t is read and written."""
-    each, every = np.arange(tokens), np.ones(tokens, np.float32)
-    none, neither = np.full(tokens, -1), np.zeros(tokens, np.int64)
+def features_set(op: str, tokens: int, d_sae: int) -> SiteEdits:
+    """Features are set to 4, row j being read and written for feature j: each token's own, or of all the same."""
+    n = EDITS[op]
+    shared = op == "apply_edits_prompt"
+    start = np.zeros(n, np.int64) if shared else np.repeat(np.arange(tokens), n)
+    row = np.arange(len(start)) % d_sae
+    every, none, neither = np.ones(len(row), np.float32), np.full(len(row), -1), np.zeros(len(row), np.int64)
     return SiteEdits(
-        start=each, stop=each + 1, read=each, write=each, bias=0 * every, threshold=0 * every, scale=0 * every,
-        shift=4 * every, low=-np.inf * every, high=np.inf * every, encoder=none, feature=neither, norm=neither,
-        source=none, preserve_norm=np.zeros(tokens, np.bool_),
+        start=start, stop=start + (tokens if shared else 1), read=row, write=row, bias=0 * every, threshold=0 * every,
+        scale=0 * every, shift=4 * every, low=-np.inf * every, high=np.inf * every, encoder=none, feature=neither,
+        norm=neither, source=none, preserve_norm=np.zeros(len(row), np.bool_),
     )  # fmt: skip
 
 
 def editing(edits: SiteEdits, bank: torch.Tensor) -> Callable[[torch.Tensor], None]:
-    """`edits`, each of a request of its own, as the engine applies them to a stream on the bank's device."""
+    """`edits`, those from one token on being one request's, as the engine applies them to a stream on the bank's
+    device."""
     if not runs_triton(bank.device):
         prepared = prepare_edits(edits, bank)
         return lambda hidden: prepared.apply(hidden, None)
     table = StepTable(bank, 1)
-    table.fill(edits, np.zeros(len(edits), dtype=np.int64), np.arange(len(edits)))
+    table.fill(edits, np.zeros(len(edits), dtype=np.int64), edits.start)
     at_site = TableEdits(table, 0)
     return lambda hidden: at_site.apply(hidden, None)
 
@@ -197,6 +210,17 @@ def eager_edit(h: torch.Tensor, read: torch.Tensor, write: torch.Tensor) -> torc
     """Rows gathered beforehand, one a token, as ours are."""
     f = torch.einsum("td,td->t", h, read).relu()
     return h.add_((4.0 - f).unsqueeze(-1) * write)
+
+
+def eager_edits(h: torch.Tensor, read: torch.Tensor, write: torch.Tensor) -> torch.Tensor:
+    """Rows [tokens, n, d_in] gathered beforehand, as ours are."""
+    f = torch.einsum("td,tnd->tn", h, read).relu()
+    return h.add_(torch.einsum("tn,tnd->td", 4.0 - f, write))
+
+
+def eager_prompt(h: torch.Tensor, read: torch.Tensor, write: torch.Tensor) -> torch.Tensor:
+    """Rows [n, d_in], which all tokens share."""
+    return h.addmm_(4.0 - (h @ read.T).relu(), write)
 
 
 def eager_topk(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -221,10 +245,13 @@ def eager_decode(features: torch.Tensor, values: torch.Tensor, W: torch.Tensor, 
 def contenders(op: str, inputs: Inputs) -> tuple[Implementation, Callable[..., Any], tuple[Any, ...]]:
     """(ours, the baseline, the baseline's arguments)."""
     i = inputs
-    if op == "apply_edits":
-        tokens, bank = i.x.shape[0], i.encoder
-        edit, edited, own = editing(features_set(tokens), bank), i.x.clone(), bank[:tokens].clone()
-        return lambda: edit(edited), eager_edit, (i.x.clone(), own, own.clone())
+    if op in EDITS:
+        (tokens, d_in), bank = i.x.shape, i.encoder
+        edits, edited = features_set(op, tokens, len(bank)), i.x.clone()
+        edit, rows = editing(edits, bank), bank[torch.from_numpy(edits.read).to(bank.device)]
+        baseline = {"apply_edits": eager_edit, "apply_edits_8": eager_edits, "apply_edits_prompt": eager_prompt}[op]
+        rows = rows.view(tokens, -1, d_in) if op == "apply_edits_8" else rows
+        return lambda: edit(edited), baseline, (i.x.clone(), rows, rows.clone())
     if op == "encode_topk":
         arguments = (i.x, i.encoder, i.b_enc, i.k)
         return lambda: encode_topk(*arguments, False, None), eager_topk, arguments
@@ -287,10 +314,24 @@ def implementations(op: str, inputs: Inputs, device: str) -> dict[str, Implement
         from benchmarks.kernels.plain_decode import plain_decode
 
         found["plain"] = lambda: plain_decode(*arguments)
+    if device == "cuda" and op == "apply_edits_prompt":
+        found |= {"rows": in_form(ours, 1 << 30), "blocks": in_form(ours, 1)}
     if device == "cpu" and op == "encode_topk":
         frozen = torch.compile(Frozen(baseline, arguments[1:]).eval(), dynamic=False, options={"freezing": True})
         found["frozen"] = lambda: frozen(arguments[0])
     return found
+
+
+def in_form(edit: Implementation, grouped_from: int) -> Implementation:
+    """`edit` with the kernel's grouped form launched from so many tokens on."""
+    from steer_kernels.apply_edits import triton_kernel
+
+    def run() -> None:
+        chosen, triton_kernel.GROUPED_FROM = triton_kernel.GROUPED_FROM, grouped_from
+        edit()
+        triton_kernel.GROUPED_FROM = chosen
+
+    return run
 
 
 def cpu_rounds(functions: dict[str, Implementation], seconds: float) -> dict[str, list[float]]:
@@ -336,8 +377,9 @@ def gpu_ceilings() -> tuple[float, float]:
 
 def floor_us(op: str, inputs: Inputs, ceilings: tuple[float, float]) -> float:
     tokens, d_in = inputs.x.shape
-    if op == "apply_edits":
-        return 4 * tokens * d_in * inputs.x.element_size() / ceilings[0]
+    if op in EDITS:
+        rows = EDITS[op] * (1 if op == "apply_edits_prompt" else tokens)
+        return 2 * (tokens + rows) * d_in * inputs.x.element_size() / ceilings[0]
     if op == "decode_sparse":
         return tokens * inputs.k * d_in * inputs.decoder.element_size() / ceilings[0]
     weight_bytes = 1 if op in SCREENED else inputs.encoder.element_size()
@@ -377,7 +419,7 @@ def measure(op: str, inputs: Inputs, device: str, ceilings: tuple[float, float] 
     functions = implementations(op, inputs, device)
     times = gpu_rounds(functions) if device == "cuda" else cpu_rounds(functions, seconds)
     median = {name: statistics.median(values) for name, values in times.items()}
-    best = min((name for name in times if name != "ours"), key=lambda name: median[name])
+    best = min((name for name in times if name not in ("ours", "rows", "blocks")), key=lambda name: median[name])
     ratios = [ours / other for ours, other in zip(times["ours"], times[best], strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4)
     floor = None if ceilings is None else floor_us(op, inputs, ceilings)
@@ -400,6 +442,8 @@ def measure(op: str, inputs: Inputs, device: str, ceilings: tuple[float, float] 
         of_roofline=None if floor is None else round(floor / median["ours"], 3),
         workspace_bytes=workspace_bytes,
         failed_rows=failed,
+        rows_us=round(median["rows"], 1) if "rows" in median else None,
+        blocks_us=round(median["blocks"], 1) if "blocks" in median else None,
     )
 
 
@@ -434,8 +478,11 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
 
     ops = list(dict.fromkeys(row.op for row in rows))
     on_gpu = rows[0].of_roofline is not None
-    figure = Figure(figsize=(4 * len(ops), 4), layout="constrained")
-    for axes, op in zip(figure.subplots(1, len(ops), sharey=True, squeeze=False)[0], ops, strict=True):
+    figure = Figure(figsize=(16, 4 * -(-len(ops) // 4)), layout="constrained")
+    panels = figure.subplots(-(-len(ops) // 4), 4, sharey=True, squeeze=False).ravel()
+    for axes in panels[len(ops) :]:
+        axes.remove()
+    for axes, op in zip(panels, ops, strict=False):
         for d_in, d_sae in dict.fromkeys((row.d_in, row.d_sae) for row in rows):
             line = [row for row in rows if (row.op, row.d_in, row.d_sae) == (op, d_in, d_sae)]
             tokens = [row.tokens for row in line]
@@ -445,7 +492,7 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
         axes.set_ylim(0, 1.05 if on_gpu else None)
         axes.axhline(1, color="grey", linewidth=0.8)
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("fraction of the measured roofline" if on_gpu else "our time over the fastest baseline's")
+    figure.supylabel("fraction of the measured roofline" if on_gpu else "our time over the fastest baseline's")
     figure.axes[-1].legend(fontsize="small")
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
@@ -459,7 +506,7 @@ def cases(device: str, ops: list[str]) -> Iterator[tuple[str, Inputs]]:
                 yield op, inputs
 
 
-OPS = ["apply_edits", "encode_topk", "encode_threshold", "count_above", "decode_sparse"]
+OPS = [*EDITS, "encode_topk", "encode_threshold", "count_above", "decode_sparse"]
 SCREENED = ["encode_topk_screened", "count_above_screened"]
 """The same from eight-bit copies, which a CPU does without. For batches that no screen pays for they are the others."""
 

@@ -18,9 +18,7 @@ ENCODER = TopKEncoder(torch.zeros(24, 6), torch.zeros(6), 2)
     ("record", "rows", "compiled"),
     [
         (dict(read=0, threshold=0.0), ROWS, True),
-        (dict(stop=torch_path.MIN_SPAN - 1, preserve_norm=True), ROWS, True),
-        # Of these, the torch path has matrix products or what is rare.
-        (dict(stop=torch_path.MIN_SPAN), ROWS, False),
+        (dict(stop=18, preserve_norm=True), ROWS, True),
         (dict(read=0), ROWS.bfloat16(), False),
         (dict(read=0, norm=1), ROWS, False),
         (dict(read=0, source=2), ROWS, False),
@@ -32,11 +30,20 @@ def test_what_is_compiled(record, rows, compiled):
     assert (prepared.compiled is not None) == compiled
 
 
-def test_many_tokens_are_left_to_torch_and_its_threads(monkeypatch):
-    edits = build_edits([dict(start=i, stop=i + 1) for i in range(10)])
-    monkeypatch.setattr(torch_path, "COMPILED_UNTIL", 10 * 24 * torch.get_num_threads())
+@pytest.mark.parametrize(
+    ("records", "numbers"),
+    [
+        # Two edits a token, of ten.
+        ([dict(start=i // 2, stop=i // 2 + 1) for i in range(20)], 10 * 24),
+        # Two of a span of ten, for which torch has a matrix product.
+        ([dict(stop=10)] * 2, 2 * 10 * 24),
+    ],
+)
+def test_large_forwards_are_left_to_torch_and_its_threads(records, numbers, monkeypatch):
+    edits = build_edits(records)
+    monkeypatch.setattr(torch_path, "COMPILED_UNTIL", numbers * torch.get_num_threads())
     assert prepare_edits(edits, ROWS).compiled is not None
-    monkeypatch.setattr(torch_path, "COMPILED_UNTIL", 10 * 24 * torch.get_num_threads() - 1)
+    monkeypatch.setattr(torch_path, "COMPILED_UNTIL", numbers * torch.get_num_threads() - 1)
     assert prepare_edits(edits, ROWS).compiled is None
 
 

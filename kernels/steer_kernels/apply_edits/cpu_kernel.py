@@ -1,24 +1,24 @@
-"""apply_edits on a CPU where each token has rows of its own, as in decoding: one pass over a token, compiled by Numba.
+"""apply_edits on a CPU for all but large forwards: token by token, compiled by Numba.
 
-In torch operations such a step is a dozen calls on small tensors, each of which takes longer than its arithmetic and
-goes over the stream once more. A call of this takes 2 us beside it, on one thread (benchmarks/results/kernels_cpu.csv).
+In torch operations a decode step is a dozen calls on small tensors, each of which takes longer than its arithmetic and
+goes over the stream once more: 13 us where a call of this takes 2 (benchmarks/results/kernels_cpu.csv has ratios).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from numba import njit
 
-from steer_kernels.apply_edits.batch_tokens import gather
+from steer_kernels.apply_edits.batch_tokens import gather, one_row_a_token
 from steer_kernels.apply_edits.edits import FloatArray, IntArray, SiteEdits, stream_limit
 
 _ROWS, _INDEX, _NUMBERS = "float32[:, ::1]", "int64[::1]", "float32[::1]"
 _SIGNATURE = (
-    f"void({_ROWS}, {_ROWS}, boolean, {_INDEX}, {_INDEX}, {_INDEX}, {_ROWS}, {_ROWS}, {', '.join([_NUMBERS] * 6)}, "
+    f"void({_ROWS}, {_ROWS}, boolean, {_INDEX}, {_INDEX}, {_ROWS}, {_INDEX}, {_INDEX}, {', '.join([_NUMBERS] * 6)}, "
     f"boolean[::1], float32, {_NUMBERS}, {_NUMBERS})"
 )
 
@@ -26,10 +26,11 @@ _SIGNATURE = (
 # Sums may be taken in any order, so that they use the vector units; NaN and infinity stay what they are.
 @njit(_SIGNATURE, fastmath={"reassoc", "contract"}, nogil=True)
 def _edit_tokens(
-    hidden, residual, has_residual, tokens, first, read_row, read, write,
+    hidden, residual, has_residual, tokens, first, rows, read, write,
     bias, threshold, scale, shift, low, high, preserve_norm, limit, coefficient, delta,
 ):  # fmt: skip
-    """Edits first[i] to first[i + 1] act on token tokens[i]. Edit j reads along read[read_row[j]] where that is not -1.
+    """Edits first[i] to first[i + 1] act on token tokens[i]. Edit j reads along rows[read[j]], if that is not -1, and
+    writes along rows[write[j]].
 
     coefficient, delta: room for the edits of one token, and for a row.
     """
@@ -41,8 +42,8 @@ def _edit_tokens(
         begin, end = first[i], first[i + 1]
         for j in range(begin, end):
             f = zero
-            if read_row[j] >= 0:
-                row = read[read_row[j]]
+            if read[j] >= 0:
+                row = rows[read[j]]
                 p = zero
                 if has_residual:
                     for c in range(d_model):
@@ -60,11 +61,11 @@ def _edit_tokens(
             if g > high[j]:
                 g = high[j]
             coefficient[j - begin] = g - f
-        row, amount = write[begin], coefficient[0]
+        row, amount = rows[write[begin]], coefficient[0]
         for c in range(d_model):
             delta[c] = amount * row[c]
         for j in range(begin + 1, end):
-            row, amount = write[j], coefficient[j - begin]
+            row, amount = rows[write[j]], coefficient[j - begin]
             for c in range(d_model):
                 delta[c] += amount * row[c]
         if preserve_norm[i]:
@@ -93,18 +94,18 @@ _LIMIT = np.float32(stream_limit(torch.float32))
 
 @dataclass(frozen=True)
 class TokenEdits:
-    """Rows of float32 that read and write the same stream, each on one token, sorted by token.
+    """Edits of float32 streams that read and write the same one, each on one token, sorted by token.
 
-    tokens [T], first [T + 1]: edits first[i] to first[i + 1] act on tokens[i]. read_row [E]: a row of `read`, -1 where
-    nothing is read. read [R, d_model], write [E, d_model]: copied, since the bank may change hands before the table
-    does. preserve_norm: [T].
+    tokens [T], first [T + 1]: edits first[i] to first[i + 1] act on tokens[i]. rows [R, d_model]: copied, since the
+    bank may change hands before the table does. read, write [E]: of these; read is -1 where nothing is read.
+    preserve_norm: [T].
     """
 
     tokens: IntArray
     first: IntArray
-    read_row: IntArray
-    read: FloatArray
-    write: FloatArray
+    rows: FloatArray
+    read: IntArray
+    write: IntArray
     bias: FloatArray
     threshold: FloatArray
     scale: FloatArray
@@ -116,17 +117,19 @@ class TokenEdits:
     delta: FloatArray
 
     @staticmethod
-    def of(edits: SiteEdits, rows: torch.Tensor) -> TokenEdits:
-        """edits: rows on one token each. rows: the bank."""
+    def of(edits: SiteEdits, bank: torch.Tensor) -> TokenEdits:
+        used, place = np.unique(np.concatenate([edits.read, edits.write]), return_inverse=True)
+        # The first of those that are used is -1, where it is.
+        place = place.reshape(2, -1) - int(used[0] < 0)
+        edits = one_row_a_token(replace(edits, read=place[0], write=place[1]))
         edits = edits.take(np.argsort(edits.start, kind="stable"))
         tokens, first, count = np.unique(edits.start, return_index=True, return_counts=True)
-        reads = edits.read >= 0
         return TokenEdits(
             tokens=tokens,
             first=np.append(first, len(edits)),
-            read_row=np.where(reads, np.cumsum(reads) - 1, -1),
-            read=gather(rows, edits.read[reads]).numpy(),
-            write=gather(rows, edits.write).numpy(),
+            rows=gather(bank, used[used >= 0]).numpy(),
+            read=edits.read,
+            write=edits.write,
             bias=edits.bias,
             threshold=edits.threshold,
             scale=edits.scale,
@@ -135,16 +138,16 @@ class TokenEdits:
             high=edits.high,
             preserve_norm=np.logical_or.reduceat(edits.preserve_norm, first),
             coefficient=np.empty(int(count.max()), dtype=np.float32),
-            delta=np.empty(rows.shape[1], dtype=np.float32),
+            delta=np.empty(bank.shape[1], dtype=np.float32),
         )
 
     def apply(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
         """Edit `hidden` [tokens, d_model] in place; both float32."""
         h = hidden.contiguous()
-        rows = h.numpy()
-        other = rows if residual is None else residual.contiguous().numpy()
+        stream = h.numpy()
+        other = stream if residual is None else residual.contiguous().numpy()
         _edit_tokens(
-            rows, other, residual is not None, self.tokens, self.first, self.read_row, self.read, self.write,
+            stream, other, residual is not None, self.tokens, self.first, self.rows, self.read, self.write,
             self.bias, self.threshold, self.scale, self.shift, self.low, self.high, self.preserve_norm,
             _LIMIT, self.coefficient, self.delta,
         )  # fmt: skip
