@@ -14,20 +14,18 @@ from sae_models import SAE
 from steer_kernels.apply_edits import (
     MAX_RANKED,
     CapturingSite,
-    Ranking,
     Room,
     Site,
     SiteEdits,
     StepTable,
     TableEdits,
-    TokenNorm,
-    TopKEncoder,
     bind_sites,
     prepare_edits,
 )
 from steer_kernels.triton_devices import runs_triton
 from steer_server.catalog import open_catalog
 from steer_server.engine.config import ConfigError, SteeringConfig
+from steer_server.engine.encoders import TOKEN_NORMS, Encoders
 from steer_server.engine.row_bank import Row, RowBank
 from steer_server.engine.whole_forwards import (
     Graphs,
@@ -37,8 +35,6 @@ from steer_server.engine.whole_forwards import (
     sites_that_do_not_launch,
 )
 from steer_server.plan import DecoderRow, EncoderRow, InlineRow, Plan, RowRef
-
-NORMS = {"none": TokenNorm.NONE, "layer_norm": TokenNorm.LAYER_NORM, "constant_norm": TokenNorm.CONSTANT_NORM}
 
 
 @dataclass(frozen=True)
@@ -119,12 +115,12 @@ class WorkerSteering:
             _refuse_across_stages(name, sae, elsewhere)
         self._saes: dict[str, SAE] = catalog.by_hash()
         self.bank = RowBank(config.rows, config.d_model, dtype, device)
-        self.encoders, self._encoder_index = _encoders(self._saes, config.sites, device)
+        self.encoders = Encoders.at(config.sites, self._saes, device)
         self._room = _room(config)
         self.table: StepTable | None = None
         """Where the device runs Triton's kernels: the edits that they apply. CUDA graphs hold it, so it never grows."""
         if runs_triton(device):
-            self.table = StepTable(self.bank.rows, len(config.sites), self.encoders, self._room)
+            self.table = StepTable(self.bank.rows, len(config.sites), self.encoders.held, self._room)
         self._large_table: StepTable | None = None
         """In its place for the forwards that it has no room for."""
         self.in_graphs = False
@@ -156,7 +152,7 @@ class WorkerSteering:
     def nbytes(self) -> int:
         """Memory held for steering on the device."""
         table = 0 if self.table is None else self.table.nbytes
-        return self.bank.nbytes + table + sum(encoder.nbytes for encoder in self.encoders)
+        return self.bank.nbytes + table + self.encoders.nbytes
 
     @property
     def has_work(self) -> bool:
@@ -216,7 +212,7 @@ class WorkerSteering:
         table = self.table
         assert table is not None
         self._clear_table()
-        table.any_launch(self._rankings())
+        table.any_launch(self.encoders.rankings)
         sites = [Site() for _ in self.config.sites]
         for i, site in enumerate(sites):
             site.edits = TableEdits(table, i)
@@ -329,7 +325,7 @@ class WorkerSteering:
         """Give `rows`, sorted by the site where they are written, to the torch path."""
         active, begins = np.unique(site, return_index=True)
         for i, begin, end in zip(active.tolist(), begins, np.append(begins, len(site))[1:], strict=True):
-            prepared = prepare_edits(rows.part(begin, end), self.bank.rows, self.encoders)
+            prepared = prepare_edits(rows.part(begin, end), self.bank.rows, self.encoders.held)
             self.sites[i].edits = prepared
             for reads in prepared.remote:
                 self.sites[reads.source].reads.append(reads)
@@ -358,25 +354,12 @@ class WorkerSteering:
         if self._room.holds(needed):
             return self.table
         if self._large_table is None:
-            self._large_table = StepTable(self.bank.rows, len(self.sites), self.encoders)
+            self._large_table = StepTable(self.bank.rows, len(self.sites), self.encoders.held)
         return self._large_table
 
     def _for_graphs(self, plan: Plan) -> bool:
-        ranked = [self._encoder_index.get(edit.read.sae) for edit in plan.edits if isinstance(edit.read, EncoderRow)]
-        in_groups = any(number is not None and self.encoders[number].groups > 1 for number in ranked)
-        return len(plan.edits) <= self._room.edits_a_group and not in_groups
-
-    def _rankings(self) -> dict[int, list[Ranking]]:
-        """What any request may need ranked, by the site where it is read; of SAEs with groups, which need a pass each,
-        nothing."""
-        found: dict[int, list[Ranking]] = {}
-        for sha256, number in self._encoder_index.items():
-            if self.encoders[number].groups == 1:
-                sae = self._saes[sha256]
-                for site in (self._site_number.get(str(point)) for point in sae.hook_points):
-                    if site is not None:
-                        found.setdefault(site, []).append(Ranking(number, 0, NORMS[sae.token_norm]))
-        return found
+        saes = {edit.read.sae for edit in plan.edits if isinstance(edit.read, EncoderRow)}
+        return len(plan.edits) <= self._room.edits_a_group and not saes & self.encoders.in_groups
 
     def _clear_table(self) -> None:
         for i in self._touched:
@@ -407,7 +390,7 @@ class WorkerSteering:
             [(e.response.scale, e.response.shift, e.response.low, e.response.high) for e in edits], dtype=np.float32
         ).reshape(-1, 4)
         source = [-1 if e.read_site is None else self._site_number[e.read_site] for e in edits]
-        encoder = [self._encoder_index.get(e.read.sae, -1) if isinstance(e.read, EncoderRow) else -1 for e in edits]
+        encoder = [self.encoders.number.get(e.read.sae, -1) if isinstance(e.read, EncoderRow) else -1 for e in edits]
         return _Edits(
             first=intervals[:, 0],
             end=intervals[:, 1],
@@ -426,7 +409,7 @@ class WorkerSteering:
                 high=response[:, 3],
                 encoder=np.array(encoder, dtype=np.int64),
                 feature=np.array([getattr(e.read, "feature", 0) for e in edits], dtype=np.int64),
-                norm=np.array([NORMS[e.norm] for e in edits], dtype=np.int64),
+                norm=np.array([TOKEN_NORMS[e.norm] for e in edits], dtype=np.int64),
                 source=np.array(source, dtype=np.int64),
                 preserve_norm=np.full(len(edits), plan.preserve_norm),
             ),
@@ -455,38 +438,3 @@ def _refuse_across_stages(name: str, sae: SAE, elsewhere: frozenset[str]) -> Non
                 f"SAE {name!r} reads at {read} and writes at {write}, which are on different pipeline stages. Leave it "
                 "out, or move the boundary between the stages with VLLM_PP_LAYER_PARTITION"
             )
-
-
-def _encoders(
-    saes: dict[str, SAE], sites: Collection[str], device: torch.device
-) -> tuple[list[TopKEncoder], dict[str, int]]:
-    """The whole encoders of the SAEs at `sites` whose features are compared with each other, which alone need them, and
-    their numbers by SHA-256."""
-    encoders: list[TopKEncoder] = []
-    index: dict[str, int] = {}
-    for sha256, sae in saes.items():
-        if sae.selection is not None and any(str(point) in sites for point in sae.hook_points):
-            index[sha256] = len(encoders)
-            encoders.append(encoder_of(sae, device))
-    return encoders, index
-
-
-def encoder_of(sae: SAE, device: torch.device) -> TopKEncoder:
-    """The whole encoder of an SAE with a selection, on `device`."""
-    selection = sae.selection
-    if selection is None:
-        raise ValueError(f"SAE {sae.name!r} selects nothing: each feature is decided by its own threshold")
-    W_enc, b_enc = sae.encoder()
-    router = None
-    if selection.routed:
-        W, b = sae.router()
-        router = W.to(device), b.to(device)
-    return TopKEncoder(
-        W_enc=W_enc.to(device),
-        b_enc=b_enc.to(device),
-        k=selection.k,
-        groups=selection.groups,
-        absolute=selection.absolute,
-        floor=float(sae.thresholds().min()),
-        router=router,
-    )

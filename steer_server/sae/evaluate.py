@@ -22,8 +22,8 @@ from rich.progress import track
 from sae_models import SAE, HookPoint
 from steer_kernels.apply_edits import SiteEdits, TopKEncoder, read_activations
 from steer_server.engine.admission import AdmittedSteering
+from steer_server.engine.encoders import encoder_of
 from steer_server.engine.vllm_compat.capturing_engine import CapturingEngine
-from steer_server.engine.worker import encoder_of
 from steer_server.sae.fidelity import EvalError, FidelityReport, FidelitySums, Observation, jaccard, kl_divergence
 from steer_server.sae.reference import ReferenceModel, ReferenceSAE, reference_sae
 from steer_server.sae.splice import edits_of_splice, reconstruction, zero_ablation

@@ -353,8 +353,8 @@ def test_pipeline_stages_do_together_what_one_worker_does(config, spec):
         assert (report.spans, report.missing_sites) == ({"a": (0, 6)}, [])
     assert all(torch.equal(edited[site], expected[site]) for site in config.sites)
     assert max(len(stage.bank) for stage in stages) <= len(whole.bank) <= sum(len(stage.bank) for stage in stages)
-    assert sum(len(stage.encoders) for stage in stages) == len(whole.encoders)
-    assert all(len(stage.encoders) < len(whole.encoders) for stage in stages)
+    assert sum(len(stage.encoders.held) for stage in stages) == len(whole.encoders.held)
+    assert all(len(stage.encoders.held) < len(whole.encoders.held) for stage in stages)
 
 
 def test_what_an_earlier_stage_missed_is_in_the_last_ones_report(config):

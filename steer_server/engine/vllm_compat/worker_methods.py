@@ -42,7 +42,7 @@ def _compile_or_warm_up_model(original: Any, self: Any, *args: Any, **kwargs: An
     if armed is not None and armed.steering.table is not None:
         # Before: once vLLM has warmed up, it takes a kernel that is compiled for one that a request waits for.
         bank = armed.steering.bank.rows
-        run_kernel_test(bank.shape[1], bank.dtype, bank.device, armed.steering.encoders)
+        run_kernel_test(bank.shape[1], bank.dtype, bank.device, armed.steering.encoders.held)
     result = original(self, *args, **kwargs)
     if armed is not None:
         self.steering_checks = check_sites(self.model_runner)
