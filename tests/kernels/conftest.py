@@ -8,12 +8,35 @@ another process for it, in which the same tests run on nothing else.
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from wrapt.importer import register_post_import_hook
 
 HERE = Path(__file__).parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["interpreter"] if INTERPRETED else ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def add_up_in_one_order(interpreter):
+    """An element of a GPU's matrix product is added up in the same order wherever it is in its tile, and kernels that
+    compute it twice rely on that. BLAS, which the interpreter calls, promises no such thing."""
+
+    by_blas = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        if a.dtype.primitive_bitwidth == 8 or b.dtype.primitive_bitwidth == 8:
+            return by_blas(self, a, b, d, input_precision, max_num_imprecise_acc)
+        total = np.zeros(d.data.shape, dtype=d.data.dtype)
+        for inner in range(a.data.shape[-1]):
+            total += a.data[..., inner, None].astype(total.dtype) * b.data[..., inner, None, :].astype(total.dtype)
+        return interpreter.TensorHandle(total + d.data, d.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+if INTERPRETED:
+    register_post_import_hook(add_up_in_one_order, "triton.runtime.interpreter")
 
 
 def pytest_generate_tests(metafunc):

@@ -60,6 +60,12 @@ def features_ahead(ranked: torch.Tensor, features: torch.Tensor, counted: torch.
     """
     (n, d_sae), m = ranked.shape, features.shape[1]
     ahead = torch.empty(features.shape, dtype=torch.int32, device=ranked.device)
+    if ranked.device.type == "cpu" and ranked.dtype == torch.float32:
+        # It is compiled when it is imported: not on machines that have no use for it.
+        from steer_kernels.cpu_ranks import count_ahead
+
+        count_ahead(ranked, features, counted, ahead)
+        return ahead
     step = max(1, _COMPARED // max(1, m * d_sae))
     for start in range(0, n, step):
         part = slice(start, start + step)
