@@ -20,6 +20,7 @@ from steer_kernels.apply_edits import (
     StepTable,
     TableEdits,
     bind_sites,
+    compile_for_cpu,
     prepare_edits,
 )
 from steer_kernels.triton_devices import runs_triton
@@ -121,6 +122,8 @@ class WorkerSteering:
         """Where the device runs Triton's kernels: the edits that they apply. CUDA graphs hold it, so it never grows."""
         if runs_triton(device):
             self.table = StepTable(self.bank.rows, len(config.sites), self.encoders.held, self._room)
+        elif device.type == "cpu":
+            compile_for_cpu(ranks=bool(self.encoders.held))
         self._large_table: StepTable | None = None
         """In its place for the forwards that it has no room for."""
         self.in_graphs = False

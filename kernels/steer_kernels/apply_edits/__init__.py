@@ -17,6 +17,7 @@ from steer_kernels.apply_edits.torch_path import (
     PreparedEdits,
     RemoteReads,
     apply_prepared,
+    compile_for_cpu,
     prepare_edits,
     read_activations,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "apply_edits_reference",
     "apply_prepared",
     "bind_sites",
+    "compile_for_cpu",
     "prepare_edits",
     "read_activations",
 ]

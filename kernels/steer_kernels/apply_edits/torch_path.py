@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -196,6 +197,16 @@ def _groups(edits: SiteEdits, rows: torch.Tensor, encoders: Sequence[TopKEncoder
 
 
 _NOTHING = _Groups(constants=None, reads=(), members=(), spans=())
+
+
+def compile_for_cpu(ranks: bool) -> None:
+    """Compile now what edits on a CPU run, which takes a second or two, and not while the first of them wait.
+
+    ranks: of features too.
+    """
+    import_module("steer_kernels.apply_edits.cpu_kernel")
+    if ranks:
+        import_module("steer_kernels.cpu_ranks")
 
 
 def _is_for_compiled_kernel(edits: SiteEdits, rows: torch.Tensor) -> bool:
