@@ -478,6 +478,7 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
 
     ops = list(dict.fromkeys(row.op for row in rows))
     on_gpu = rows[0].of_roofline is not None
+    top = 1.05 if on_gpu else 1.05 * max(1.0, *(row.ratio for row in rows))
     figure = Figure(figsize=(16, 4 * -(-len(ops) // 4)), layout="constrained")
     panels = figure.subplots(-(-len(ops) // 4), 4, sharey=True, squeeze=False).ravel()
     for axes in panels[len(ops) :]:
@@ -489,7 +490,7 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
             heights = [row.of_roofline if on_gpu else row.ratio for row in line]
             axes.plot(tokens, heights, marker="o", label=f"{d_in} x {d_sae}")
         axes.set(title=op, xlabel="tokens", xscale="log")
-        axes.set_ylim(0, 1.05 if on_gpu else None)
+        axes.set_ylim(0, top)
         axes.axhline(1, color="grey", linewidth=0.8)
         axes.grid(alpha=0.3)
     figure.supylabel("fraction of the measured roofline" if on_gpu else "our time over the fastest baseline's")
