@@ -108,7 +108,9 @@ class Engine:
 
     def __init__(self, plugin: bool, model: str, eager: bool, max_num_seqs: int) -> None:
         command = [sys.executable, __file__, "--model", model, "--max-num-seqs", str(max_num_seqs), "--as-engine"]
-        environment = os.environ | {"VLLM_PLUGINS": "steer_server" if plugin else ""}
+        # Else vLLM wants most of a CPU's memory, and two engines are to live side by side.
+        environment = {"VLLM_CPU_KVCACHE_SPACE": "2"} | os.environ
+        environment["VLLM_PLUGINS"] = "steer_server" if plugin else ""
         self.process = subprocess.Popen(
             [*command, "--eager"] if eager else command,
             stdin=subprocess.PIPE,
