@@ -128,6 +128,8 @@ class WorkerSteering:
         """In its place for the forwards that it has no room for."""
         self.in_graphs = False
         """Whether CUDA graphs of whole forwards were captured with every site's launch in them, and proven."""
+        self.graphs_failed = False
+        """Whether their capture was tried and did not work."""
         self.replays_whole = False
         """Whether one of them replays the forward at hand."""
         self._graphs: Graphs | None = None
@@ -145,6 +147,8 @@ class WorkerSteering:
         """Those, and the sites that they read."""
         self._edited = np.zeros(len(config.sites), dtype=np.int64)
         """Tokens that the table's edits act on in the forward at hand, by site."""
+        self._table_is_captured = False
+        """Whether the forward's edits are where CUDA graphs look for them, and such as they apply."""
         self._count_before: torch.Tensor | None = None
         self._spans: dict[str, tuple[int, int]] = {}
         self.missing_before: list[str] = []
@@ -268,8 +272,8 @@ class WorkerSteering:
         self._count_before = None
         if self.replays_whole:
             assert self.table is not None
-            if not self._edited.any():
-                # The graph's launches look at it, and may not find what acted before.
+            if not self._table_is_captured:
+                # The graph's launches look at it, and may not find what acted before: what they do not do is missing.
                 self.table.clear()
             self._count_before = count_so_far(self.table)
 
@@ -339,6 +343,9 @@ class WorkerSteering:
         owners, group = np.unique(owner, return_inverse=True)
         table = self._table_for(Room(int(rows.stop.max()), len(owners), len(rows), int(np.bincount(group).max())))
         table.fill(rows, site, group)
+        captured = self.encoders.rankings
+        ranked_there = all(set(found) <= set(captured.get(i, ())) for i, found in table.rankings.items())
+        self._table_is_captured = table is self.table and ranked_there
         self._edited = edited_tokens(rows.start, rows.stop, site, len(self.sites))
         written = set(site.tolist())
         at: dict[int, TableEdits] = {}
@@ -372,6 +379,7 @@ class WorkerSteering:
         self._touched = set()
         self._table_key = None
         self._edited = np.zeros(len(self.sites), dtype=np.int64)
+        self._table_is_captured = False
 
     def _enter(self, ids: list[str]) -> None:
         """Make `ids` the steered requests of the batch: rows of those that left are released, then new ones taken."""

@@ -86,3 +86,11 @@ def test_tokens_of_many_edits(records, has_residual, kept, seed):
     assert torch.allclose(streams[0].double(), expected, atol=1e-4)
     untouched = [t for t in range(7) if t not in edits.start]
     assert torch.equal(streams[0][untouched].double(), expected[untouched])
+
+
+@pytest.mark.parametrize("shape", [(3, 24), (4, 23)])
+def test_a_stream_of_another_shape_is_refused(shape):
+    """The compiled kernel itself checks no bounds."""
+    prepared = prepare_edits(build_edits([dict(start=3, stop=4, read=0)]), ROWS)
+    with pytest.raises(IndexError, match=f"up to 3 and width 24 in a stream of {shape[0]} tokens and width {shape[1]}"):
+        prepared.apply(torch.zeros(shape), None)

@@ -14,7 +14,7 @@ from steer_server.engine.admission import Admission
 from steer_server.engine.config import ModelFacts, parse_options, resolve_config
 from steer_server.engine.vllm_compat import cuda_graphs
 from steer_server.engine.vllm_compat.armed_model import ArmedModel
-from steer_server.engine.vllm_compat.cuda_graphs import arm_graphs_v1, choose_graphs_for
+from steer_server.engine.vllm_compat.cuda_graphs import choose_graphs_for
 from steer_server.engine.whole_forwards import Graphs
 from steer_server.engine.worker import WorkerSteering
 from tests.launch_recorder import RecordedGraph
@@ -158,7 +158,7 @@ class V1(Server):
         runner.cudagraph_dispatcher.initialize_cudagraph_keys(CUDAGraphMode.FULL_AND_PIECEWISE)
         runner.model = cuda_graph.CUDAGraphWrapper(self.model, self.vllm_config, CUDAGraphMode.FULL)
         runner._dummy_run = self.dummy_run
-        arm_graphs_v1(runner)
+        choose_graphs_for(self.armed, runner.cudagraph_dispatcher)
 
     def forward(self, tokens, mode, key):
         from vllm.forward_context import set_forward_context
@@ -324,13 +324,14 @@ def test_a_graph_without_a_launch_is_not_used(server, caplog):
     with caplog.at_level("WARNING", logger="vllm"):
         server.capture()
     assert not server.steering.in_graphs
+    assert len(server.graphs()) == len(GRAPH_SIZES)
     server.model.leaves_out = set()
     server.add("one layer", SPECS["one layer"])
     replayed, report = server.decode("one layer")
     assert (replayed, settled(report)[1]) == (PIECES, [])
 
 
-def test_graphs_that_cannot_be_captured_are_done_without(server):
+def failing_when_steered(server):
     captures = RecordedGraph.capture
 
     def capture(graph):
@@ -338,12 +339,38 @@ def test_graphs_that_cannot_be_captured_are_done_without(server):
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
         return captures(graph)
 
+    return capture
+
+
+def test_graphs_that_cannot_be_captured_are_done_without(server):
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(RecordedGraph, "capture", capture)
+        context.setattr(RecordedGraph, "capture", failing_when_steered(server))
         server.capture()
     assert not server.steering.in_graphs
+    assert len(server.graphs()) == len(GRAPH_SIZES)
     server.add("all layers", SPECS["all layers"])
     assert server.decode("all layers")[0] == PIECES
+
+
+def test_several_ranks_do_not_part_ways(server):
+    """One that fails in the middle of a capture would leave the others waiting: the engine does not start."""
+    server.vllm_config.parallel_config.tensor_parallel_size = 2
+    try:
+        with pytest.MonkeyPatch.context() as context:
+            context.setattr(RecordedGraph, "capture", failing_when_steered(server))
+            with pytest.raises(RuntimeError, match="operation not permitted"):
+                server.capture()
+    finally:
+        server.vllm_config.parallel_config.tensor_parallel_size = 1
+
+
+def test_launches_of_another_kind_than_the_graphs_have_are_missing(server):
+    """Which nothing brings about: SAEs are ranked as their hook points say. Were it so, no stale rank would pass."""
+    server.capture()
+    server.add("topk", SPECS["topk"])
+    server.steering.encoders.rankings.clear()
+    replayed, _, report = server.step(["topk"], np.array([PROMPT]))
+    assert (replayed, settled(report)[1]) == (STEERED, ["blocks.1.hook_resid_post"])
 
 
 def test_what_the_graphs_have_no_room_for_runs_between_pieces(server):

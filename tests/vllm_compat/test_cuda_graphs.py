@@ -155,4 +155,4 @@ def test_graphs_of_steered_forwards():
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     passed = re.search(r"(\d+) passed", result.stdout.strip().splitlines()[-1])
     assert passed is not None
-    assert int(passed[1]) >= 17
+    assert int(passed[1]) >= 21

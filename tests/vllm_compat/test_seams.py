@@ -25,6 +25,7 @@ SEAMS = [
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "_model_forward"),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "sample_tokens"),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "execute_model"),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "_dummy_run"),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "_warmup_and_capture"),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "capture_model"),
     ("vllm.v1.worker.gpu_model_runner", "AsyncGPUModelRunnerOutput", "get_output"),

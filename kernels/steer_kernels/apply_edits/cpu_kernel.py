@@ -142,7 +142,13 @@ class TokenEdits:
         )
 
     def apply(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
-        """Edit `hidden` [tokens, d_model] in place; both float32."""
+        """Edit `hidden` [tokens, d_model] in place; both float32. Raises IndexError for tokens that are not there."""
+        n_tokens, d_model = hidden.shape
+        if self.tokens[-1] >= n_tokens or d_model != self.rows.shape[1]:
+            raise IndexError(
+                f"edits of tokens up to {self.tokens[-1]} and width {self.rows.shape[1]} in a stream of {n_tokens} "
+                f"tokens and width {d_model}"
+            )
         h = hidden.contiguous()
         stream = h.numpy()
         other = stream if residual is None else residual.contiguous().numpy()

@@ -19,7 +19,7 @@ def encode_topk_torch(
     # It is compiled when it is imported: not on machines that have no use for it.
     from steer_kernels.cpu_ranks import first_k
 
-    values, features = torch.empty(x.shape[0], k), torch.empty(x.shape[0], k, dtype=torch.int64)
+    values, features = (torch.empty(x.shape[0], k, dtype=dtype) for dtype in (torch.float32, torch.int64))
     for tokens, pre_acts in pre_activation_blocks(x, encoder, b_enc, scale):
         first_k(pre_acts, k, absolute, values[tokens], features[tokens])
     return values, features

@@ -8,8 +8,8 @@ class of their own, with the same values, so that whatever vLLM looks up in a ke
 A step that those graphs cannot hold (a stream is captured, too many edits, features ranked within groups) is run as
 vLLM runs a batch with a prefill in it, in PIECEWISE graphs that end where the op begins.
 
-Each graph of the second set is replayed once to prove that every site's launch is in it, as the kernel counts. Where
-that fails, or their capture does, steered steps run in PIECEWISE graphs, and a warning says so. In serving too, what a
+Each graph of the second set is replayed to prove that every site's launch is in it, as the kernel counts. Where that
+fails, or their capture does, steered steps run in PIECEWISE graphs, and a warning says so. In serving too, what a
 replayed forward did is what the kernel counted.
 """
 
@@ -95,7 +95,13 @@ def steered(key: Any) -> Any:
 @functools.cache
 def _steered_class(key_class: Any) -> Any:
     # Data classes are equal only to those of the same class.
-    return type(f"Steered{key_class.__name__}", (key_class,), {})
+    return type(f"Steered{key_class.__name__}", (key_class,), {"is_steered": True})
+
+
+def _forget_steered(graphs: dict[Any, Any]) -> None:
+    """Give back the memory of graphs that will not be replayed."""
+    for key in [key for key in graphs if getattr(key, "is_steered", False)]:
+        del graphs[key]
 
 
 def _wanted(chooser: Any) -> Graphs:
@@ -106,40 +112,65 @@ def _wanted(chooser: Any) -> Graphs:
 
 def _may_capture(steering: WorkerSteering, vllm_config: Any) -> bool:
     # A pipeline stage tells the next one what it missed when it hands on the stream, which waits for no count.
-    return steering.table is not None and vllm_config.parallel_config.pipeline_parallel_size == 1
+    staged = vllm_config.parallel_config.pipeline_parallel_size > 1
+    return steering.table is not None and not staged and not steering.graphs_failed
 
 
 @torch.inference_mode()
-def _captured_every_launch(steering: WorkerSteering, capture: Callable[[], object]) -> bool:
+def _capture_every_launch(
+    steering: WorkerSteering, capture: Callable[[], object], graphs: dict[Any, Any], vllm_config: Any
+) -> bool:
+    """Whether `capture` has added graphs of steered forwards to `graphs`. Of an engine of several ranks, raises what it
+    raises."""
+    steering.in_graphs = False
     try:
         with steering.every_launch():
             capture()
     except Exception as error:
+        if vllm_config.parallel_config.tensor_parallel_size > 1:
+            # The other ranks are in the middle of it, and wait for this one.
+            raise
         logger.warning("Steering: no CUDA graphs of steered forwards (%s: %s)", type(error).__name__, error)
+        steering.graphs_failed = True
+        _forget_steered(graphs)
         return False
     return True
 
 
 @torch.inference_mode()
-def _prove(steering: WorkerSteering, replays: list[tuple[Any, Callable[[], object]]]) -> None:
-    """Let steered steps be replayed whole, if every one of the graphs (key, what replays it) edits at every site."""
+def _prove(
+    steering: WorkerSteering, replays: list[tuple[Any, Callable[[], object]]], graphs: dict[Any, Any], vllm_config: Any
+) -> None:
+    """Let steered steps be replayed whole, if every one of the graphs (key, what replays it) edits at every site, on
+    every tensor-parallel rank."""
+    wrong: list[str] = []
+    # All of them, whatever the first ones did: ranks replay together.
     for key, replay in replays:
-        try:
-            missing = steering.prove(replay)
-        except Exception as error:
-            missing = [f"{type(error).__name__}: {error}"]
+        missing = steering.prove(replay)
         if missing:
-            logger.warning(
-                "Steering: steered forwards run in piecewise CUDA graphs: a whole one (%s) is wrong at %s",
-                key,
-                ", ".join(missing),
-            )
-            return
-    steering.in_graphs = bool(replays)
-    if replays:
+            wrong.append(f"{key} at {', '.join(missing)}")
+    steering.in_graphs = bool(replays) and _on_all_ranks(not wrong, vllm_config)
+    if steering.in_graphs:
         logger.info(
             "Steering: %d CUDA graphs of whole steered forwards, each proven to edit at every site", len(replays)
         )
+    elif replays:
+        logger.warning(
+            "Steering: steered forwards run in piecewise CUDA graphs; whole ones were captured and do not edit: %s",
+            "; ".join(wrong) or "those of another rank",
+        )
+        _forget_steered(graphs)
+
+
+def _on_all_ranks(mine: bool, vllm_config: Any) -> bool:
+    """Whether it is so on this and every other rank that computes parts of the same forwards."""
+    if vllm_config.parallel_config.tensor_parallel_size == 1:
+        return mine
+    from vllm.distributed.parallel_state import get_tp_group
+
+    agreed = torch.tensor([int(mine)])
+    torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MIN, group=get_tp_group().cpu_group)
+    return bool(agreed.item())
 
 
 def _dispatch_v1(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -165,17 +196,29 @@ def _warmup_and_capture_v1(
 
     capture()
     # Here, so that the memory that vLLM measures for its graphs is that of both.
-    if cudagraph_runtime_mode == CUDAGraphMode.FULL and self.steers_in_graphs:
-        self.steers_in_graphs = _captured_every_launch(self.armed.steering, capture)
+    if cudagraph_runtime_mode == CUDAGraphMode.FULL and _captures_v1(self):
+        _capture_every_launch(self.armed.steering, capture, _graphs_v1(self), self.vllm_config)
+
+
+def _captures_v1(runner: Any) -> bool:
+    armed: ArmedModel | None = runner.armed
+    return armed is not None and _may_capture(armed.steering, runner.vllm_config)
+
+
+def _graphs_v1(runner: Any) -> dict[Any, Any]:
+    # The model is wrapped by what captures it.
+    graphs: dict[Any, Any] = runner.model.concrete_cudagraph_entries
+    return graphs
 
 
 def _capture_model_v1(original: Any, self: Any) -> Any:
     from vllm.config import CUDAGraphMode
 
     size = original(self)
-    if self.steers_in_graphs:
-        whole = dict(self.cudagraph_dispatcher.get_capture_descs()).get(CUDAGraphMode.FULL, [])
-        _prove(self.armed.steering, [(key, functools.partial(_dummy_forward_v1, self, key)) for key in whole])
+    whole = dict(self.cudagraph_dispatcher.get_capture_descs()).get(CUDAGraphMode.FULL, [])
+    if whole and _captures_v1(self):
+        replays = [(key, functools.partial(_dummy_forward_v1, self, key)) for key in whole]
+        _prove(self.armed.steering, replays, _graphs_v1(self), self.vllm_config)
         self.maybe_remove_all_loras(self.lora_config)
     return size
 
@@ -191,13 +234,6 @@ def _dummy_forward_v1(runner: Any, key: Any) -> None:
         remove_lora=False,
         num_active_loras=key.num_active_loras,
     )
-
-
-def arm_graphs_v1(runner: Any) -> None:
-    """A loaded V1 runner's graphs, from now on, are chosen and captured with its sites in mind."""
-    armed: ArmedModel | None = runner.armed
-    choose_graphs_for(armed, runner.cudagraph_dispatcher)
-    runner.steers_in_graphs = armed is not None and _may_capture(armed.steering, runner.vllm_config)
 
 
 def _dispatch_v2(
@@ -246,21 +282,23 @@ def _capture_v2(original: Any, self: Any, create_forward_fn: Any, *args: Any, **
     profiling = samples is not None
     self._capture_descs, self._capture_mem_samples = {CUDAGraphMode.FULL: twins}, [] if profiling else None
     try:
-        captured = _captured_every_launch(
-            armed.steering, lambda: original(self, create_forward_fn, progress_bar_desc=CAPTURING)
+        captured = _capture_every_launch(
+            armed.steering,
+            lambda: original(self, create_forward_fn, progress_bar_desc=CAPTURING),
+            self.graphs,
+            self.vllm_config,
         )
-        if profiling:
+        if captured and profiling:
             # What one graph of each set takes, together: vLLM multiplies it by the number of its own.
             samples[:] = [one + other for one, other in zip(samples, self._capture_mem_samples, strict=False)]
     finally:
         self._capture_descs, self._capture_mem_samples = vanilla, samples
     if captured and not profiling:
-        _prove(
-            armed.steering, [(key, functools.partial(_dummy_forward_v2, self, create_forward_fn, key)) for key in twins]
-        )
+        replays = [(key, functools.partial(_dummy_forward_v2, self, create_forward_fn, key)) for key in twins]
+        _prove(armed.steering, replays, self.graphs, self.vllm_config)
 
 
 def _dummy_forward_v2(manager: Any, create_forward_fn: Any, key: Any) -> None:
     # The inputs of that graph, as at capture.
     create_forward_fn(key, warmup=False)
-    manager.graphs[key].replay()
+    manager.run_fullgraph(key)

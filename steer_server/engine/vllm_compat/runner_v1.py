@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from steer_server.engine.vllm_compat.armed_model import ArmedModel, arm
-from steer_server.engine.vllm_compat.cuda_graphs import arm_graphs_v1
+from steer_server.engine.vllm_compat.cuda_graphs import choose_graphs_for
 from steer_server.engine.vllm_compat.patching import when_imported, wrap
 from steer_server.engine.vllm_compat.step_reports import attach_report
 
@@ -23,6 +23,7 @@ def _install_runner(module: ModuleType) -> None:
     wrap(runner, "load_model", (), _load_model)
     wrap(runner, "_update_states", ("scheduler_output",), _update_states)
     wrap(runner, "_model_forward", ("input_ids", "positions"), _model_forward)
+    wrap(runner, "_dummy_run", ("num_tokens",), _dummy_run)
     wrap(runner, "sample_tokens", (), _sample_tokens)
 
 
@@ -33,7 +34,7 @@ def _install_cpu_runner(module: ModuleType) -> None:
 def _load_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     original(self, *args, **kwargs)
     self.armed = arm(self.vllm_config, self.get_model(), self.device)
-    arm_graphs_v1(self)
+    choose_graphs_for(self.armed, self.cudagraph_dispatcher)
 
 
 def _update_states(original: Any, self: Any, scheduler_output: Any) -> Any:
@@ -59,8 +60,14 @@ def _model_forward(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         return original(self, *args, **kwargs)
     finally:
         armed.steering.end_step()
-        # vLLM's dummy batches come without word of whose they are.
+
+
+def _dummy_run(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    # It may be before the model is loaded.
+    armed: ArmedModel | None = getattr(self, "armed", None)
+    if armed is not None:
         armed.steering.expect_step(())
+    return original(self, *args, **kwargs)
 
 
 def _sample_tokens(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
