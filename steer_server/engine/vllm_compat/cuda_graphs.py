@@ -127,7 +127,8 @@ def _capture_every_launch(
         with steering.every_launch():
             capture()
     except Exception as error:
-        if vllm_config.parallel_config.tensor_parallel_size > 1:
+        parallel = vllm_config.parallel_config
+        if parallel.tensor_parallel_size > 1 or parallel.data_parallel_size > 1:
             # The other ranks are in the middle of it, and wait for this one.
             raise
         logger.warning("Steering: no CUDA graphs of steered forwards (%s: %s)", type(error).__name__, error)
