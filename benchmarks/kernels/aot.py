@@ -105,6 +105,9 @@ def launches(architecture: Architecture) -> Iterator[Launch]:
             yield Launch(apply_edits._apply_edits, "apply_edits", f"{form}, {name}", constants, stream, **how)
     asked = dict(EDITS=membership.EDITS)
     yield Launch(membership._asked_features, "apply_edits", "membership", asked, {}, warps=1, stages=3)
+    ranks = dict(HAS_PROBABILITY=True, COLUMNS=membership.MAX_RANKED)
+    floats = dict.fromkeys(["p_ptr", "probability_ptr", "pre_act_ptr", "survival_ptr"], "*fp32")
+    yield Launch(membership._keep_ranks, "apply_edits", "membership", ranks, floats, warps=1, stages=3)
     d_sae, k = 65_536, 64
     slots = encode_topk.default_slots(d_sae, k)
     n_tiles = triton.cdiv(d_sae, FEATURES)
