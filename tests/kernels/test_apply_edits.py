@@ -35,7 +35,7 @@ def form(request, monkeypatch):
     """Where edits are applied: by the torch path, alone or with the kernel that is compiled for CPUs; or by the Triton
     kernel, in its row form alone or with its grouped form wherever tokens share their edits."""
     if request.param == "torch":
-        monkeypatch.setattr(torch_path, "COMPILED_UNTIL", 0)
+        monkeypatch.setattr(torch_path, "is_compiled", lambda edits, rows: False)
     elif request.param != "compiled":
         from steer_kernels.apply_edits import triton_kernel
 

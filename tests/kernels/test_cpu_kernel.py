@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steer_kernels.apply_edits import TopKEncoder, apply_edits_reference, prepare_edits, torch_path
+from steer_kernels.apply_edits import TopKEncoder, apply_edits_reference, prepare_edits
 from tests.kernels.test_apply_edits import build_edits
 
 INF = float("inf")
@@ -19,6 +19,7 @@ ENCODER = TopKEncoder(torch.zeros(24, 6), torch.zeros(6), 2)
     [
         (dict(read=0, threshold=0.0), ROWS, True),
         (dict(stop=18, preserve_norm=True), ROWS, True),
+        # Of these, the torch path has what is rare.
         (dict(read=0), ROWS.bfloat16(), False),
         (dict(read=0, norm=1), ROWS, False),
         (dict(read=0, source=2), ROWS, False),
@@ -30,21 +31,19 @@ def test_what_is_compiled(record, rows, compiled):
     assert (prepared.compiled is not None) == compiled
 
 
-@pytest.mark.parametrize(
-    ("records", "numbers"),
-    [
-        # Two edits a token, of ten.
-        ([dict(start=i // 2, stop=i // 2 + 1) for i in range(20)], 10 * 24),
-        # Two of a span of ten, for which torch has a matrix product.
-        ([dict(stop=10)] * 2, 2 * 10 * 24),
-    ],
-)
-def test_large_forwards_are_left_to_torch_and_its_threads(records, numbers, monkeypatch):
-    edits = build_edits(records)
-    monkeypatch.setattr(torch_path, "COMPILED_UNTIL", numbers * torch.get_num_threads())
-    assert prepare_edits(edits, ROWS).compiled is not None
-    monkeypatch.setattr(torch_path, "COMPILED_UNTIL", numbers * torch.get_num_threads() - 1)
-    assert prepare_edits(edits, ROWS).compiled is None
+def test_a_tokens_numbers_do_not_depend_on_the_batch():
+    """Alone, in a span, or beside others: to the bit."""
+    hidden = torch.randn(300, 24)
+    edit = dict(read=0, write=1, threshold=0.0, scale=3.0)
+
+    def edited(start, stop, *others):
+        out = hidden.clone()
+        prepare_edits(build_edits([edit | dict(start=start, stop=stop), *others]), ROWS).apply(out, None)
+        return out
+
+    alone = edited(250, 251)[250]
+    assert torch.equal(edited(2, 300)[250], alone)
+    assert torch.equal(edited(250, 251, dict(start=0, stop=200, read=2, write=3, scale=2.0))[250], alone)
 
 
 RECORD = st.fixed_dictionaries(

@@ -1,4 +1,4 @@
-"""apply_edits on a CPU for all but large forwards: token by token, compiled by Numba.
+"""apply_edits on a CPU, token by token, compiled by Numba: for float32 streams, and features that rank by themselves.
 
 In torch operations a decode step is a dozen calls on small tensors, each of which takes longer than its arithmetic and
 goes over the stream once more: 13 us where a call of this takes 2 (benchmarks/results/kernels_cpu.csv has ratios).

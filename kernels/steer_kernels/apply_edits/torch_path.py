@@ -28,14 +28,6 @@ if TYPE_CHECKING:
 
 MIN_SPAN = 8
 """Tokens from which on a matrix product for a span costs less than rows beside each other."""
-COMPILED_UNTIL = 1 << 21
-"""Up to so many numbers, times torch's threads, the compiled kernel's one thread is faster: d_model for each token, or,
-where there are spans and torch has a matrix product for them, for each edit on each token.
-
-Measured with two threads at d_model 576, 2304 and 4096. Of 256 tokens at 4096 with an edit each it took 181 us, torch
-180; of a span of 128 tokens at 576 with 8 edits 43 us, torch 38, of 64 tokens 23 us, torch 30. Decode steps with
-several edits a token are slower in torch at any size.
-"""
 
 
 @dataclass(frozen=True)
@@ -114,7 +106,7 @@ class RemoteReads:
 @dataclass(frozen=True)
 class PreparedEdits:
     """SiteEdits sorted into the groups that the torch path runs. remote: those that read another site. compiled: all of
-    them instead, where the compiled kernel has what they need and is faster."""
+    them instead, where the compiled kernel has what they need."""
 
     local: _Groups
     remote: tuple[RemoteReads, ...]
@@ -209,13 +201,13 @@ def compile_for_cpu(ranks: bool) -> None:
         import_module("steer_kernels.cpu_ranks")
 
 
-def _is_for_compiled_kernel(edits: SiteEdits, rows: torch.Tensor) -> bool:
-    local = (edits.source < 0).all() and (edits.encoder < 0).all() and (edits.norm == TokenNorm.NONE).all()
+def is_compiled(edits: SiteEdits, rows: torch.Tensor) -> bool:
+    """Whether the compiled kernel has what `edits` need. Nothing depends on how many there are, so that a token's numbers
+    do not depend on who else is in the batch. (Matrix products by two threads are faster from about 128 tokens with
+    eight edits on: at d_model 2304 they took 118 us, the kernel 142.)"""
     float32_here = rows.device.type == "cpu" and rows.dtype == torch.float32
-    lengths = edits.stop - edits.start
-    amount = int(lengths.sum()) if lengths.max() >= MIN_SPAN else len(np.unique(edits.start))
-    few = amount * rows.shape[1] * torch.get_num_threads() <= COMPILED_UNTIL
-    return bool(float32_here and local and few)
+    local = (edits.source < 0).all() and (edits.encoder < 0).all() and (edits.norm == TokenNorm.NONE).all()
+    return bool(float32_here and local)
 
 
 def prepare_edits(edits: SiteEdits, rows: torch.Tensor, encoders: Sequence[TopKEncoder] = ()) -> PreparedEdits:
@@ -224,7 +216,7 @@ def prepare_edits(edits: SiteEdits, rows: torch.Tensor, encoders: Sequence[TopKE
     rows: [capacity, d_model], the row bank; what the edits use of it is copied. encoders: those that edits number.
     """
     first_token, last_token = int(edits.start.min()), int(edits.stop.max())
-    if _is_for_compiled_kernel(edits, rows):
+    if is_compiled(edits, rows):
         # It is compiled when it is imported: not on machines that have no use for it.
         from steer_kernels.apply_edits.cpu_kernel import TokenEdits
 
