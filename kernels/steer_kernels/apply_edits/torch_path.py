@@ -202,9 +202,9 @@ def compile_for_cpu(ranks: bool) -> None:
 
 
 def is_compiled(edits: SiteEdits, rows: torch.Tensor) -> bool:
-    """Whether the compiled kernel has what `edits` need. Nothing depends on how many there are, so that a token's numbers
-    do not depend on who else is in the batch. (Matrix products by two threads are faster from about 128 tokens with
-    eight edits on: at d_model 2304 they took 118 us, the kernel 142.)"""
+    """Whether the compiled kernel has what `edits` need. Nothing depends on how many there are, so that a token's
+    numbers do not depend on who else is in the batch. (Matrix products by two threads are faster from about 128 tokens
+    with eight edits on: at d_model 2304 they took 118 us, the kernel 142.)"""
     float32_here = rows.device.type == "cpu" and rows.dtype == torch.float32
     local = (edits.source < 0).all() and (edits.encoder < 0).all() and (edits.norm == TokenNorm.NONE).all()
     return bool(float32_here and local)
