@@ -97,21 +97,14 @@ class TokenEdits:
     """Edits of float32 streams that read and write the same one, each on one token, sorted by token.
 
     tokens [T], first [T + 1]: edits first[i] to first[i + 1] act on tokens[i]. rows [R, d_model]: copied, since the
-    bank may change hands before the table does. read, write [E]: of these; read is -1 where nothing is read.
+    bank may change hands before the table does; `edits.read` and `edits.write` are numbers of these.
     preserve_norm: [T].
     """
 
+    edits: SiteEdits
     tokens: IntArray
     first: IntArray
     rows: FloatArray
-    read: IntArray
-    write: IntArray
-    bias: FloatArray
-    threshold: FloatArray
-    scale: FloatArray
-    shift: FloatArray
-    low: FloatArray
-    high: FloatArray
     preserve_norm: npt.NDArray[np.bool_]
     coefficient: FloatArray
     delta: FloatArray
@@ -125,17 +118,10 @@ class TokenEdits:
         edits = edits.take(np.argsort(edits.start, kind="stable"))
         tokens, first, count = np.unique(edits.start, return_index=True, return_counts=True)
         return TokenEdits(
+            edits=edits,
             tokens=tokens,
             first=np.append(first, len(edits)),
             rows=gather(bank, used[used >= 0]).numpy(),
-            read=edits.read,
-            write=edits.write,
-            bias=edits.bias,
-            threshold=edits.threshold,
-            scale=edits.scale,
-            shift=edits.shift,
-            low=edits.low,
-            high=edits.high,
             preserve_norm=np.logical_or.reduceat(edits.preserve_norm, first),
             coefficient=np.empty(int(count.max()), dtype=np.float32),
             delta=np.empty(bank.shape[1], dtype=np.float32),
@@ -152,10 +138,10 @@ class TokenEdits:
         h = hidden.contiguous()
         stream = h.numpy()
         other = stream if residual is None else residual.contiguous().numpy()
+        e = self.edits
         _edit_tokens(
-            stream, other, residual is not None, self.tokens, self.first, self.rows, self.read, self.write,
-            self.bias, self.threshold, self.scale, self.shift, self.low, self.high, self.preserve_norm,
-            _LIMIT, self.coefficient, self.delta,
+            stream, other, residual is not None, self.tokens, self.first, self.rows, e.read, e.write, e.bias,
+            e.threshold, e.scale, e.shift, e.low, e.high, self.preserve_norm, _LIMIT, self.coefficient, self.delta,
         )  # fmt: skip
         if h is not hidden:
             hidden.copy_(h)
