@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import total_ordering
 from typing import Literal
 
 Kind = Literal[
     "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_in", "mlp_post", "mlp_out", "hook_z", "ln2_normalized",
     "embed",
 ]  # fmt: skip
+
+_FORWARD: tuple[Kind, ...] = (
+    "embed", "resid_pre", "hook_z", "attn_out", "resid_mid", "ln2_normalized", "mlp_in", "mlp_post", "mlp_out",
+    "resid_post",
+)  # fmt: skip
+"""In the order in which a forward reaches them."""
 
 ARMABLE: tuple[Kind, ...] = ("resid_pre", "resid_post", "attn_out", "mlp_in", "mlp_out")
 """Kinds of places that a running engine can read and write. The rest is known so that it can be refused by name."""
@@ -56,9 +63,10 @@ _HUGGING_FACE: tuple[tuple[str, Kind], ...] = (
 )
 
 
-@dataclass(frozen=True, order=True)
+@total_ordering
+@dataclass(frozen=True)
 class HookPoint:
-    """A place in decoder layer `layer`, counted from 0.
+    """A place in decoder layer `layer`, counted from 0. Ordered as a forward reaches them.
 
     kind: `resid_post`, the residual stream after the layer; `resid_pre`, before it, which is `resid_post` of the layer
     before and therefore only said of layer 0; `resid_mid`, between attention and MLP; `attn_out` and `mlp_out`, what
@@ -69,6 +77,9 @@ class HookPoint:
 
     layer: int
     kind: Kind = "resid_post"
+
+    def __lt__(self, other: HookPoint) -> bool:
+        return (self.layer, _FORWARD.index(self.kind)) < (other.layer, _FORWARD.index(other.kind))
 
     def __str__(self) -> str:
         return _TRANSFORMER_LENS[self.kind].format(self.layer)

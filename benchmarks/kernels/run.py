@@ -196,7 +196,7 @@ def features_set(op: str, tokens: int, d_sae: int) -> SiteEdits:
     return SiteEdits(
         start=start, stop=start + (tokens if shared else 1), read=row, write=row, bias=0 * every, threshold=0 * every,
         scale=0 * every, shift=4 * every, low=-np.inf * every, high=np.inf * every, encoder=none, feature=neither,
-        norm=neither, source=none, preserve_norm=np.zeros(len(row), np.bool_),
+        norm=neither, source=none, preserve_norm=np.zeros(len(row), np.bool_), gate=none,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 from sae_models import SAE
 from steer_server import __version__
 from steer_server.engine.admission import Admission
-from steer_server.spec import FEATURE_OPS, UNITS, VECTOR_OPS, InlineTensor, Phase
+from steer_server.spec import CONDITION_OPS, FEATURE_OPS, SCOPES, UNITS, VECTOR_OPS, InlineTensor, Phase
 from steer_server.spec.parse import NOT_BUILT
 from steer_server.spec.schema import MAX_ENTRIES, MAX_VALUE
 
@@ -34,6 +34,7 @@ def capabilities(
             "dtypes": list(get_args(InlineTensor.model_fields["dtype"].annotation)),
         },
         "apply": {"phases": list(get_args(Phase)), "options": ["phase", "skip_first", "preserve_norm"]},
+        "when": {"ops": list(CONDITION_OPS), "scopes": list(SCOPES)} if config.limits.conditions else None,
         "not_supported": [*NOT_BUILT, "vectors.name"],
         "limits": {
             "max_edits": config.max_edits,

@@ -8,9 +8,11 @@ from steer_server.engine.row_budget import Lease, RowBudget
 from steer_server.plan import (
     AppliedEntry,
     Entry,
+    GateRecord,
     Plan,
     Receipt,
     Resolved,
+    TokenCounts,
     TokenSpans,
     applied_tokens,
     encode_plan,
@@ -35,8 +37,7 @@ class AdmittedSteering:
         self.entries: tuple[Entry, ...] = resolved.entries
         self._warnings = resolved.warnings
         self._lease = lease
-        self._tokens = [0] * len(resolved.entries)
-        self._cached = [0] * len(resolved.entries)
+        self._counts = [TokenCounts() for _ in resolved.entries]
         self._running = 0
 
     def __deepcopy__(self, memo: dict[int, object]) -> AdmittedSteering:
@@ -50,19 +51,19 @@ class AdmittedSteering:
         self._running += 1
         return Sequence(self, prompt_len)
 
-    def finish_sequence(self, applied: list[tuple[int, int]]) -> None:
-        for i, (tokens, cached) in enumerate(applied):
-            self._tokens[i] += tokens
-            self._cached[i] += cached
+    def finish_sequence(self, applied: list[TokenCounts]) -> None:
+        for total, counts in zip(self._counts, applied, strict=False):
+            total.add(counts)
         self._running -= 1
         if self._running == 0 and self._lease is not None:
             self._lease.release()
 
     def receipt(self) -> Receipt:
         """Over all sequences that finished."""
+        conditional = bool(self.plan.when)
         applied = tuple(
-            AppliedEntry(entry.source, entry.op, entry.layers, tokens, cached)
-            for entry, tokens, cached in zip(self.entries, self._tokens, self._cached, strict=True)
+            AppliedEntry(entry.source, entry.op, entry.layers, n.tokens, n.cached, n.closed if conditional else None)
+            for entry, n in zip(self.entries, self._counts, strict=True)
         )
         return Receipt(applied, self.plan.fingerprint, self._warnings)
 
@@ -75,11 +76,18 @@ class Sequence:
         self._prompt_len = prompt_len
         self._computed = TokenSpans()
         self._missing: set[str] = set()
+        self._gate = GateRecord() if admitted.plan.when else None
 
-    def add_report(self, spans: list[tuple[int, int]], missing_sites: list[str]) -> None:
+    def add_report(
+        self, spans: list[tuple[int, int]], missing_sites: list[str], gates: list[tuple[int, bytes]]
+    ) -> None:
+        """gates: (first position, OPEN or CLOSED for it and those behind it), in the order of computation."""
         for start, end in spans:
             self._computed.add(start, end)
         self._missing.update(missing_sites)
+        if self._gate is not None:
+            for first, said in gates:
+                self._gate.add(first, said)
 
     def finish(self, num_output_tokens: int, aborted: bool) -> None:
         """Close the sequence and add it to the request's receipt.
@@ -88,9 +96,13 @@ class Sequence:
         Raises NotAppliedError where a finished sequence was not steered as asked.
         """
         length = self._computed.end if aborted else self._prompt_len + max(num_output_tokens, 1) - 1
-        applied = [
-            applied_tokens(entry.target, self._prompt_len, length, self._computed) for entry in self.admitted.entries
-        ]
+        applied: list[TokenCounts] = []
+        unsaid: ValueError | None = None
+        try:
+            for entry in self.admitted.entries:
+                applied.append(applied_tokens(entry.target, self._prompt_len, length, self._computed, self._gate))
+        except ValueError as error:
+            unsaid = error
         self.admitted.finish_sequence(applied)
         if aborted:
             return
@@ -101,6 +113,8 @@ class Sequence:
             raise NotAppliedError(
                 f"steering was counted up to token {self._computed.end} of {length}; the answer is withheld"
             )
+        if unsaid is not None:
+            raise NotAppliedError(f"{unsaid}; the answer is withheld")
 
 
 class Admission:

@@ -52,6 +52,8 @@ class ModelFacts:
     max_num_batched_tokens: int
     frontends: int
     """API server processes, each of which admits requests on its own."""
+    stages: int = 1
+    """Of the pipeline."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class SteeringConfig:
     outputs and what else the SAEs need. A site's number is its place here.
     saes: (name, local path with its options). rows: capacity of the row bank. budget: rows that one front end may have
     admitted at a time; None where the bank holds every batch that vLLM can schedule, so nothing needs counting.
-    max_num_seqs, max_num_batched_tokens: vLLM's, what one forward has at most.
+    max_num_seqs, max_num_batched_tokens: vLLM's, what one forward has at most. stages: of its pipeline.
     """
 
     layers: tuple[int, ...]
@@ -75,10 +77,12 @@ class SteeringConfig:
     max_edits: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    stages: int = 1
 
     @property
     def limits(self) -> Limits:
-        return Limits(max_edits=self.max_edits)
+        # What was found at one stage would have to reach those behind, and the scheduler, which hears the last only.
+        return Limits(max_edits=self.max_edits, conditions=self.stages == 1)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able, for `additional_config`."""
@@ -143,4 +147,5 @@ def resolve_config(options: SteeringOptions, model: ModelFacts) -> SteeringConfi
         max_edits=max_edits,
         max_num_seqs=model.max_num_seqs,
         max_num_batched_tokens=model.max_num_batched_tokens,
+        stages=model.stages,
     )

@@ -99,6 +99,7 @@ def site_edits(records: list[dict[str, float]]) -> SiteEdits:
         norm=column("norm", np.int64),
         source=column("source", np.int64, -1),
         preserve_norm=column("preserve_norm", np.bool_),
+        gate=column("gate", np.int64, -1),
     )
 
 

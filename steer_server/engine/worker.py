@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,8 @@ from sae_models import SAE
 from steer_kernels.apply_edits import (
     MAX_RANKED,
     CapturingSite,
+    Gates,
+    ReadsForLater,
     Room,
     Site,
     SiteEdits,
@@ -25,8 +27,10 @@ from steer_kernels.apply_edits import (
 )
 from steer_kernels.triton_devices import runs_triton
 from steer_server.catalog import open_catalog
+from steer_server.engine.batch_edits import BatchEdits
 from steer_server.engine.config import ConfigError, SteeringConfig
-from steer_server.engine.encoders import TOKEN_NORMS, Encoders
+from steer_server.engine.encoders import Encoders
+from steer_server.engine.found_gates import FoundGates, GatedTokens, gated_tokens
 from steer_server.engine.row_bank import Row, RowBank
 from steer_server.engine.whole_forwards import (
     Graphs,
@@ -43,19 +47,22 @@ class StepReport:
     """What one forward did.
 
     spans: positions [start, end) computed with their edits, by request. missing_sites: sites that had work in this
-    forward and did not do it, here or on an earlier pipeline stage. replayed: of a forward that a CUDA graph replayed
-    whole, what tells of its sites; None where `missing_sites` has all.
+    forward and did not do it, here or on an earlier pipeline stage. gates: of requests with conditions, (first
+    position, OPEN or CLOSED for it and those behind it). replayed: of a forward that a CUDA graph replayed whole, what
+    tells of its sites; None where `missing_sites` has all. found: what tells of gates that are not in `gates`.
     """
 
     spans: dict[str, tuple[int, int]]
     missing_sites: list[str]
+    gates: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     replayed: ReplayedForward | None = None
+    found: tuple[FoundGates, ...] = ()
 
     def settled(self) -> StepReport:
-        """With all missing sites, whatever runs on the device. Waits for the forward."""
-        if self.replayed is None:
-            return self
-        return StepReport(self.spans, [*self.missing_sites, *self.replayed.missing_sites()])
+        """With all missing sites and all gates, whatever runs on the device. Waits for the forward."""
+        missing = [] if self.replayed is None else self.replayed.missing_sites()
+        gates = {request_id: said for found in self.found for request_id, said in found.said().items()}
+        return StepReport(self.spans, [*self.missing_sites, *missing], self.gates | gates)
 
 
 @dataclass(frozen=True)
@@ -66,33 +73,6 @@ class _Request:
     prompt_len: int
     refs: frozenset[RowRef]
     for_graphs: bool
-
-
-@dataclass(frozen=True)
-class _Edits:
-    """Edits of requests in a batch, their rows in the bank.
-
-    first, end: the positions of its sequence that an edit targets. site: where it acts, ascending. owner: whose it is,
-    as a place in the batch's steered requests. rows: everything else; its spans are filled in for each forward.
-    """
-
-    first: npt.NDArray[np.int64]
-    end: npt.NDArray[np.int64]
-    site: npt.NDArray[np.int64]
-    owner: npt.NDArray[np.int64]
-    rows: SiteEdits
-
-    @staticmethod
-    def concatenate(parts: list[_Edits]) -> _Edits:
-        site = np.concatenate([part.site for part in parts])
-        order = np.argsort(site, kind="stable")
-        return _Edits(
-            first=np.concatenate([part.first for part in parts])[order],
-            end=np.concatenate([part.end for part in parts])[order],
-            site=site[order],
-            owner=np.repeat(np.arange(len(parts)), [len(part.first) for part in parts])[order],
-            rows=SiteEdits.concatenate([part.rows for part in parts]).take(order),
-        )
 
 
 class WorkerSteering:
@@ -138,11 +118,17 @@ class WorkerSteering:
         self._capturing: list[CapturingSite] = []
         self._site_number = {site: i for i, site in enumerate(config.sites)}
         self._requests: dict[str, _Request] = {}
-        self._batch: dict[str, _Edits] = {}
-        self._edits: _Edits | None = None
+        self._batch: dict[str, BatchEdits] = {}
+        self._edits: BatchEdits | None = None
         self._table_key: tuple[bytes, ...] | None = None
         self._active: list[int] = []
         """Sites that edit in the forward at hand."""
+        self._gated: list[GatedTokens] = []
+        """Whose edits depend on conditions in the forward at hand."""
+        self._gates: Gates | None = None
+        """The conditions that the torch path reads."""
+        self._gate_table: StepTable | None = None
+        """The table that has the others."""
         self._touched: set[int] = set()
         """Those, and the sites that they read."""
         self._edited = np.zeros(len(config.sites), dtype=np.int64)
@@ -209,7 +195,7 @@ class WorkerSteering:
         steered = [self._requests[i] for i in self._expected if i in self._requests]
         if not steered:
             return Graphs.VANILLA
-        fit = sum(len(request.plan.edits) for request in steered) <= self._room.edits
+        fit = sum(request.plan.n_rows for request in steered) <= self._room.edits
         fit = fit and all(request.for_graphs for request in steered)
         return Graphs.STEERED if fit and self.in_graphs else Graphs.PIECES
 
@@ -280,15 +266,24 @@ class WorkerSteering:
     def end_step(self) -> None:
         """Disarm the sites: whatever vLLM runs between steps (warm-up, dummy batches) is not steered."""
         bind_sites(())
+        self._report = None
         if not self._spans:
-            self._report = None
-        elif self._count_before is None:
-            missing = [self.config.sites[i] for i in self._active if self.sites[i].runs != 1]
-            self._report = StepReport(self._spans, [*self.missing_before, *missing])
+            return
+        missing, replayed = list(self.missing_before), None
+        if self._count_before is None:
+            missing += [self.config.sites[i] for i in self._active if self.sites[i].runs != 1]
         else:
             assert self.table is not None
             replayed = ReplayedForward.behind(self.table, self.config.sites, self._edited, self._count_before)
-            self._report = StepReport(self._spans, self.missing_before, replayed)
+        self._report = StepReport(self._spans, missing, replayed=replayed, found=tuple(self._found_gates()))
+
+    def _found_gates(self) -> Iterator[FoundGates]:
+        in_torch = frozenset[int]() if self._gates is None else self._gates.numbers
+        here = [tokens for tokens in self._gated if tokens.gate in in_torch]
+        if self._gates is not None:
+            yield FoundGates.in_torch(self._gates, here)
+        if self._gate_table is not None:
+            yield FoundGates.in_table(self._gate_table, [t for t in self._gated if t.gate not in in_torch])
 
     def take_report(self) -> StepReport | None:
         """What the last forward did, once; None where it held no steered request."""
@@ -299,14 +294,14 @@ class WorkerSteering:
         if self._edits is None:
             return
         edits = self._edits
-        first = np.maximum(edits.first, start[edits.owner])
-        end = np.minimum(edits.end, (start + count)[edits.owner])
+        first, end = edits.acting(start, count)
         acting = first < end
         offset = (token - start)[edits.owner]
         token_start, token_stop = (first + offset)[acting], (end + offset)[acting]
         key = (acting.tobytes(), token_start.tobytes(), token_stop.tobytes())
         if key == self._table_key:
             # The same edits on the same rows of the batch as in the last step, as in most of decoding.
+            self._gated = [replace(t, position=t.start - int((token - start)[t.gate])) for t in self._gated]
             return
         self._clear_table()
         self._table_key = key
@@ -314,8 +309,10 @@ class WorkerSteering:
         rows = edits.rows if everything else edits.rows.take(acting)
         site, owner = (edits.site, edits.owner) if everything else (edits.site[acting], edits.owner[acting])
         rows = replace(rows, start=token_start, stop=token_stop)
-        self._active = np.unique(site).tolist()
+        condition = rows.write < 0
+        self._active = np.unique(site[~condition]).tolist()
         self._touched.update(self._active)
+        self._gated = gated_tokens(rows.take(condition), token - start, list(self._batch))
         if self.table is None:
             self._prepare(rows, site)
             return
@@ -323,20 +320,31 @@ class WorkerSteering:
         ranked = np.zeros((len(self.sites), len(start)), dtype=np.int64)
         np.add.at(ranked, (site, owner), rows.encoder >= 0)
         many = ranked.max(axis=1)[site] > MAX_RANKED
+        # A gate and what goes through it are not parted.
+        many |= bool((many & (rows.gate >= 0)).any())
         if many.any():
             self._prepare(rows.take(many), site[many])
         if not many.all():
             self._tabulate(rows.take(~many), site[~many], owner[~many])
 
     def _prepare(self, rows: SiteEdits, site: npt.NDArray[np.int64]) -> None:
-        """Give `rows`, sorted by the site where they are written, to the torch path."""
+        """Give `rows`, sorted by the sites of each, to the torch path."""
+        condition = rows.write < 0
+        if condition.any():
+            self._gates = Gates.of(rows.take(condition), site[condition], self.bank.rows, self.encoders.held)
+            for conditions in self._gates.reads:
+                self._read_at(conditions.source, conditions)
+            rows, site = rows.take(~condition), site[~condition]
         active, begins = np.unique(site, return_index=True)
         for i, begin, end in zip(active.tolist(), begins, np.append(begins, len(site))[1:], strict=True):
-            prepared = prepare_edits(rows.part(begin, end), self.bank.rows, self.encoders.held)
+            prepared = prepare_edits(rows.part(begin, end), self.bank.rows, self.encoders.held, self._gates)
             self.sites[i].edits = prepared
             for reads in prepared.remote:
-                self.sites[reads.source].reads.append(reads)
-                self._touched.add(reads.source)
+                self._read_at(reads.source, reads)
+
+    def _read_at(self, site: int, reads: ReadsForLater) -> None:
+        self.sites[site].reads.append(reads)
+        self._touched.add(site)
 
     def _tabulate(self, rows: SiteEdits, site: npt.NDArray[np.int64], owner: npt.NDArray[np.int64]) -> None:
         """Give `rows` to the Triton kernel."""
@@ -346,18 +354,24 @@ class WorkerSteering:
         captured = self.encoders.rankings
         ranked_there = all(set(found) <= set(captured.get(i, ())) for i, found in table.rankings.items())
         self._table_is_captured = table is self.table and ranked_there
+        condition = rows.write < 0
+        if condition.any():
+            self._gate_table = table
+        gates, asked_at = rows.gate[condition], site[condition]
+        rows, site = rows.take(~condition), site[~condition]
         self._edited = edited_tokens(rows.start, rows.stop, site, len(self.sites))
         written = set(site.tolist())
         at: dict[int, TableEdits] = {}
         # In the order of a forward: what is read for a site is read before it.
-        for i in sorted(written | set(rows.source[rows.source >= 0].tolist())):
-            sources = np.unique(rows.source[(site == i) & (rows.source >= 0)]).tolist()
-            at[i] = TableEdits(table, i, [at[source] for source in sources])
+        for i in sorted(written | set(rows.source[rows.source >= 0].tolist()) | set(asked_at.tolist())):
+            here = site == i
+            sources = set(rows.source[here & (rows.source >= 0)].tolist())
+            sources |= set(asked_at[np.isin(gates, rows.gate[here])].tolist()) - {i}
+            at[i] = TableEdits(table, i, [at[source] for source in sorted(sources)])
             if i in written:
                 self.sites[i].edits = at[i]
             else:
-                self.sites[i].reads.append(at[i])
-                self._touched.add(i)
+                self._read_at(i, at[i])
 
     def _table_for(self, needed: Room) -> StepTable:
         assert self.table is not None
@@ -368,14 +382,16 @@ class WorkerSteering:
         return self._large_table
 
     def _for_graphs(self, plan: Plan) -> bool:
-        saes = {edit.read.sae for edit in plan.edits if isinstance(edit.read, EncoderRow)}
-        return len(plan.edits) <= self._room.edits_a_group and not saes & self.encoders.in_groups
+        saes = {ref.sae for ref in plan.row_refs() if isinstance(ref, EncoderRow)}
+        return plan.n_rows <= self._room.edits_a_group and not saes & self.encoders.in_groups
 
     def _clear_table(self) -> None:
         for i in self._touched:
             self.sites[i].edits = None
             self.sites[i].reads = []
         self._active = []
+        self._gated = []
+        self._gates = self._gate_table = None
         self._touched = set()
         self._table_key = None
         self._edited = np.zeros(len(self.sites), dtype=np.int64)
@@ -387,44 +403,13 @@ class WorkerSteering:
             self.bank.release(self._requests[request_id].refs)
         self._batch = {i: self._batch[i] if i in self._batch else self._place(self._requests[i]) for i in ids}
         placed = [part for part in self._batch.values() if len(part.first)]
-        self._edits = _Edits.concatenate(list(self._batch.values())) if placed else None
+        self._edits = BatchEdits.concatenate(list(self._batch.values())) if placed else None
         self._clear_table()
 
-    def _place(self, request: _Request) -> _Edits:
+    def _place(self, request: _Request) -> BatchEdits:
         """Bring a request's rows into the bank and number its edits by them."""
-        plan = request.plan
-        self.bank.acquire(request.refs, lambda ref: self._read(ref, plan.rows))
-        edits = plan.edits
-        intervals = np.array([e.target.interval(request.prompt_len) for e in edits], dtype=np.int64).reshape(-1, 2)
-        read = np.array([-1 if e.read is None else self.bank.slot(e.read) for e in edits], dtype=np.int64)
-        response = np.array(
-            [(e.response.scale, e.response.shift, e.response.low, e.response.high) for e in edits], dtype=np.float32
-        ).reshape(-1, 4)
-        source = [-1 if e.read_site is None else self._site_number[e.read_site] for e in edits]
-        encoder = [self.encoders.number.get(e.read.sae, -1) if isinstance(e.read, EncoderRow) else -1 for e in edits]
-        return _Edits(
-            first=intervals[:, 0],
-            end=intervals[:, 1],
-            site=np.array([self._site_number[e.site] for e in edits], dtype=np.int64),
-            owner=np.zeros(len(edits), dtype=np.int64),
-            rows=SiteEdits(
-                start=np.zeros(len(edits), dtype=np.int64),
-                stop=np.zeros(len(edits), dtype=np.int64),
-                read=read,
-                write=np.array([self.bank.slot(e.write) for e in edits], dtype=np.int64),
-                bias=self.bank.bias[read],
-                threshold=self.bank.threshold[read],
-                scale=response[:, 0],
-                shift=response[:, 1],
-                low=response[:, 2],
-                high=response[:, 3],
-                encoder=np.array(encoder, dtype=np.int64),
-                feature=np.array([getattr(e.read, "feature", 0) for e in edits], dtype=np.int64),
-                norm=np.array([TOKEN_NORMS[e.norm] for e in edits], dtype=np.int64),
-                source=np.array(source, dtype=np.int64),
-                preserve_norm=np.full(len(edits), plan.preserve_norm),
-            ),
-        )
+        self.bank.acquire(request.refs, lambda ref: self._read(ref, request.plan.rows))
+        return BatchEdits.of(request.plan, request.prompt_len, self.bank, self.encoders, self._site_number)
 
     def _read(self, ref: RowRef, inline: dict[str, bytes]) -> Row:
         if isinstance(ref, InlineRow):

@@ -3,6 +3,8 @@
 from steer_server.plan.cache_keys import BlockKeys
 from steer_server.plan.limits import Limits
 from steer_server.plan.plan import (
+    UNBOUNDED,
+    Condition,
     DecoderRow,
     Edit,
     EncoderRow,
@@ -14,16 +16,30 @@ from steer_server.plan.plan import (
     decode_plan,
     encode_plan,
 )
-from steer_server.plan.receipt import AppliedEntry, Receipt, TokenSpans, applied_tokens
+from steer_server.plan.receipt import (
+    CLOSED,
+    OPEN,
+    AppliedEntry,
+    GateRecord,
+    Receipt,
+    TokenCounts,
+    TokenSpans,
+    applied_tokens,
+)
 from steer_server.plan.resolve import Entry, Resolved, resolve
 
 __all__ = [
+    "CLOSED",
+    "OPEN",
+    "UNBOUNDED",
     "AppliedEntry",
     "BlockKeys",
+    "Condition",
     "DecoderRow",
     "Edit",
     "EncoderRow",
     "Entry",
+    "GateRecord",
     "InlineRow",
     "Limits",
     "Plan",
@@ -32,6 +48,7 @@ __all__ = [
     "Response",
     "RowRef",
     "Target",
+    "TokenCounts",
     "TokenSpans",
     "applied_tokens",
     "decode_plan",

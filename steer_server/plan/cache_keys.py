@@ -23,7 +23,10 @@ class BlockKeys:
             content = (edit.site, edit.read_site, edit.norm, edit.read, edit.write, edit.response)
             by_target.setdefault(edit.target, []).append(msgspec.msgpack.encode(content))
         self._intervals = [
-            (*target.interval(prompt_len), hashlib.sha256(msgspec.msgpack.encode((sorted(edits), plan.preserve_norm))))
+            (
+                *target.interval(prompt_len),
+                hashlib.sha256(msgspec.msgpack.encode((sorted(edits), plan.preserve_norm, plan.when))),
+            )
             for target, edits in by_target.items()
         ]
 

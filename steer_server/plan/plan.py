@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Literal
 
 import msgspec
@@ -89,24 +89,47 @@ class Edit(msgspec.Struct, frozen=True, array_like=True):
     norm: TokenNorm = "none"
 
 
+class Condition(msgspec.Struct, frozen=True, array_like=True):
+    """One condition: the activation f of `read`, of the token's stream at `site`, is above `bound`; where negated, it
+    is not.
+
+    norm: the token norm of the SAE.
+    """
+
+    site: str
+    read: EncoderRow
+    bound: float
+    negated: bool
+    norm: TokenNorm = "none"
+
+
 class Plan(msgspec.Struct, frozen=True, array_like=True):
     """edits: in canonical order, so equal plans are equal whatever order the client wrote.
 
     rows: float32 bytes of the inline rows, by SHA-256.
     fingerprint: `sha256:` and the digest of everything that decides the result.
+    when: what must hold of a token for the edits to act on it, all of it; in canonical order.
     """
 
     edits: tuple[Edit, ...]
     rows: dict[str, bytes]
     preserve_norm: bool
     fingerprint: str
+    when: tuple[Condition, ...] = ()
 
     @staticmethod
-    def build(edits: list[Edit], rows: dict[str, bytes], preserve_norm: bool) -> Plan:
+    def build(edits: list[Edit], rows: dict[str, bytes], preserve_norm: bool, when: Iterable[Condition] = ()) -> Plan:
         ordered = tuple(sorted(edits, key=msgspec.msgpack.encode))
+        conditions = tuple(sorted(set(when), key=msgspec.msgpack.encode))
         # Inline rows are named by their hashes in `edits`, SAEs likewise: the edits say it all.
-        digest = hashlib.sha256(msgspec.msgpack.encode(("steering plan 2", ordered, preserve_norm)))
-        return Plan(ordered, rows, preserve_norm, f"sha256:{digest.hexdigest()}")
+        content = ("steering plan 2", ordered, preserve_norm, *conditions)
+        digest = hashlib.sha256(msgspec.msgpack.encode(content))
+        return Plan(ordered, rows, preserve_norm, f"sha256:{digest.hexdigest()}", conditions)
+
+    @property
+    def n_rows(self) -> int:
+        """Edit rows in a step table: the edits', and the conditions'."""
+        return len(self.edits) + len(self.when)
 
     def without(self, sites: Collection[str]) -> Plan:
         """The part that is not written at `sites`."""
@@ -119,7 +142,7 @@ class Plan(msgspec.Struct, frozen=True, array_like=True):
     def row_refs(self) -> frozenset[RowRef]:
         """The distinct rows that the plan needs in the bank."""
         refs = {edit.write for edit in self.edits} | {edit.read for edit in self.edits if edit.read is not None}
-        return frozenset(refs)
+        return frozenset(refs | {condition.read for condition in self.when})
 
 
 def encode_plan(plan: Plan) -> bytes:

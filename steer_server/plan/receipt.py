@@ -34,17 +34,49 @@ class TokenSpans:
         """The position after the last one computed."""
         return self.spans[-1][1] if self.spans else 0
 
+    def within(self, first: int, end: int) -> list[tuple[int, int]]:
+        """The parts of [first, end) that were computed."""
+        parts = [(max(first, start), min(end, stop)) for start, stop in self.spans]
+        return [(start, stop) for start, stop in parts if start < stop]
+
     def count(self, first: int, end: int) -> int:
         """How many positions of [first, end) were computed."""
-        return sum(max(0, min(end, stop) - max(first, start)) for start, stop in self.spans)
+        return sum(stop - start for start, stop in self.within(first, end))
+
+
+OPEN, CLOSED = 1, 2
+"""What a worker says of a token: whether all conditions held."""
+
+
+class GateRecord:
+    """For which positions of a sequence its conditions held, as the workers last computed them."""
+
+    def __init__(self) -> None:
+        self._said = bytearray()
+
+    def add(self, first: int, said: bytes) -> None:
+        """said: OPEN or CLOSED, for the positions from `first` on."""
+        end = first + len(said)
+        self._said.extend(bytes(max(0, end - len(self._said))))
+        self._said[first:end] = said
+
+    def count(self, spans: list[tuple[int, int]]) -> tuple[int, int]:
+        """(open, closed) positions of disjoint spans. Raises ValueError for one of which nothing was said."""
+        n_open = sum(self._said.count(OPEN, start, end) for start, end in spans)
+        n_closed = sum(self._said.count(CLOSED, start, end) for start, end in spans)
+        silent = sum(end - start for start, end in spans) - n_open - n_closed
+        if silent:
+            raise ValueError(f"conditions were not evaluated for {silent} of the tokens that were computed")
+        return n_open, n_closed
 
 
 @dataclass(frozen=True)
 class AppliedEntry:
     """One entry of a spec as carried out.
 
-    tokens: tokens whose state was edited by a worker for this request. cached: prompt tokens whose edited state came
-    from the prefix cache of an identical steering.
+    tokens: tokens whose state was edited by a worker for this request. closed: those that were not, since a condition
+    did not hold; None where the spec has no conditions. cached: prompt tokens whose state came from the prefix cache of
+    an identical steering.
     """
 
     source: str
@@ -52,6 +84,14 @@ class AppliedEntry:
     layers: tuple[int, ...]
     tokens: int
     cached: int
+    closed: int | None = None
+
+    def as_json(self) -> dict[str, object]:
+        line: dict[str, object] = {
+            "source": self.source, "op": self.op, "layers": list(self.layers), "tokens": self.tokens,
+            "cached": self.cached,
+        }  # fmt: skip
+        return line if self.closed is None else line | {"closed": self.closed}
 
 
 @dataclass(frozen=True)
@@ -64,21 +104,36 @@ class Receipt:
 
     def as_json(self) -> dict[str, object]:
         return {
-            "applied": [
-                {"source": e.source, "op": e.op, "layers": list(e.layers), "tokens": e.tokens, "cached": e.cached}
-                for e in self.applied
-            ],
+            "applied": [entry.as_json() for entry in self.applied],
             "fingerprint": self.fingerprint,
             "warnings": list(self.warnings),
         }
 
 
-def applied_tokens(target: Target, prompt_len: int, length: int, computed: TokenSpans) -> tuple[int, int]:
-    """(tokens, cached) of an edit on a sequence whose first `length` positions were fed to the model.
+@dataclass
+class TokenCounts:
+    """Of one entry: tokens, closed and cached are those of AppliedEntry."""
 
-    Their sum is the number of positions that the edit targets, provided that `computed` reaches `length`.
+    tokens: int = 0
+    closed: int = 0
+    cached: int = 0
+
+    def add(self, other: TokenCounts) -> None:
+        self.tokens += other.tokens
+        self.closed += other.closed
+        self.cached += other.cached
+
+
+def applied_tokens(
+    target: Target, prompt_len: int, length: int, computed: TokenSpans, gate: GateRecord | None = None
+) -> TokenCounts:
+    """What became of an edit on a sequence whose first `length` positions were fed to the model.
+
+    The sum of all three is the number of positions that the edit targets, provided that `computed` reaches `length`.
+    gate: None where the spec has no conditions. Raises ValueError for positions of which it does not know.
     """
     first, end = target.interval(prompt_len)
     end = min(end, length)
-    tokens = computed.count(first, end)
-    return tokens, max(0, end - first) - tokens
+    reached = computed.count(first, end)
+    tokens, closed = (reached, 0) if gate is None else gate.count(computed.within(first, end))
+    return TokenCounts(tokens, closed, max(0, end - first) - reached)

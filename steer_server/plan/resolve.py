@@ -12,8 +12,9 @@ from sae_models import SAE, HookPoint
 from steer_server.catalog import Catalog
 from steer_server.plan.inline_tensors import decode_rows
 from steer_server.plan.limits import Limits
-from steer_server.plan.plan import DecoderRow, Edit, EncoderRow, InlineRow, Plan, Response, Target
-from steer_server.spec import Apply, FeatureEdit, SteeringError, SteeringSpec, VectorEdit
+from steer_server.plan.plan import Condition, DecoderRow, Edit, EncoderRow, InlineRow, Plan, Response, Target
+from steer_server.spec import Apply, FeatureEdit, FeatureOf, SteeringError, SteeringSpec, VectorEdit
+from steer_server.spec import Condition as ConditionSpec
 from steer_server.spec.schema import MAX_VALUE, EntryApply
 
 
@@ -87,9 +88,50 @@ def resolve(
         ]
         entries.append(Entry(f"vector {digests[0][:12]}", vector.op, tuple(vector.layers), target))
 
+    when = [_condition(asked, catalog, limits, f"{root}.when[{i}]") for i, asked in enumerate(spec.when)]
+    for i, condition in enumerate(when):
+        path = f"{root}.when[{i}]"
+        _check_count(len(edits) + i + 1, limits, path)
+        _check_order(condition, edits, path)
+
     if not entries:
         warnings.append("the spec names no edit, so nothing was steered")
-    return Resolved(Plan.build(edits, rows, spec.apply.preserve_norm), tuple(entries), tuple(dict.fromkeys(warnings)))
+    plan = Plan.build(edits, rows, spec.apply.preserve_norm, when if edits else ())
+    return Resolved(plan, tuple(entries), tuple(dict.fromkeys(warnings)))
+
+
+def _condition(asked: ConditionSpec, catalog: Catalog, limits: Limits, path: str) -> Condition:
+    if not limits.conditions:
+        raise SteeringError(f"{path}: conditions are not supported on a server with pipeline stages", path)
+    sae = _known_sae(asked.feature, catalog, f"{path}.feature")
+    if len(sae.hook_points) > 1:
+        where = ", ".join(map(str, sae.hook_points))
+        raise SteeringError(
+            f"{path}.feature.sae {asked.feature.sae!r} stands at {where}; a condition needs an SAE at one place",
+            f"{path}.feature.sae",
+        )
+    # Workers compare with a float32: f >= v where f is above the number before v.
+    value = np.float32(asked.value)
+    bound = value if asked.op in (">", "<=") else np.nextafter(value, np.float32(-np.inf))
+    return Condition(
+        site=str(sae.hook_points[0]),
+        read=EncoderRow(sae.sha256, asked.feature.index),
+        bound=float(bound),
+        negated=asked.op in ("<", "<="),
+        norm=sae.token_norm,
+    )
+
+
+def _check_order(condition: Condition, edits: list[Edit], path: str) -> None:
+    """Refuse what is read behind a place where it should decide."""
+    read = HookPoint.parse(condition.site)
+    first = min((HookPoint.parse(edit.site) for edit in edits), default=read)
+    if first < read:
+        raise SteeringError(
+            f"{path}.feature is read at {read}, but the request edits {first}, which comes before it; "
+            "a condition decides about edits at its own place and behind it",
+            f"{path}.feature",
+        )
 
 
 def _ranges(layers: Collection[int]) -> str:
@@ -103,13 +145,14 @@ def _ranges(layers: Collection[int]) -> str:
 def _check_count(count: int, limits: Limits, path: str) -> None:
     if count > limits.max_edits:
         raise SteeringError(
-            f"{path} brings the request to {count} edit rows (one for each layer an entry acts on); "
+            f"{path} brings the request to {count} edit rows (one for each layer an entry acts on, one for each "
+            "condition); "
             f"this server takes {limits.max_edits}",
             path,
         )
 
 
-def _known_sae(feature: FeatureEdit, catalog: Catalog, path: str) -> SAE:
+def _known_sae(feature: FeatureEdit | FeatureOf, catalog: Catalog, path: str) -> SAE:
     sae = catalog.saes.get(feature.sae)
     if sae is None:
         known = ", ".join(sorted(catalog.saes)) or "none is loaded"

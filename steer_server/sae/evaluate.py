@@ -194,6 +194,7 @@ class _ServedPath:
                 norm=np.zeros_like(index),
                 source=np.full(sae.d_sae, -1),
                 preserve_norm=np.zeros(sae.d_sae, dtype=np.bool_),
+                gate=np.full(sae.d_sae, -1),
             ),
             # As the row bank holds them.
             rows=torch.stack([row.encoder for row in features]).to(engine.dtype),

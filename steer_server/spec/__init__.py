@@ -3,11 +3,16 @@
 from steer_server.spec.errors import SteeringError
 from steer_server.spec.parse import parse_spec
 from steer_server.spec.schema import (
+    CONDITION_OPS,
     FEATURE_OPS,
+    SCOPES,
     UNITS,
     VECTOR_OPS,
     Apply,
+    Condition,
+    ConditionOp,
     FeatureEdit,
+    FeatureOf,
     FeatureOp,
     InlineTensor,
     Phase,
@@ -17,11 +22,16 @@ from steer_server.spec.schema import (
 )
 
 __all__ = [
+    "CONDITION_OPS",
     "FEATURE_OPS",
+    "SCOPES",
     "UNITS",
     "VECTOR_OPS",
     "Apply",
+    "Condition",
+    "ConditionOp",
     "FeatureEdit",
+    "FeatureOf",
     "FeatureOp",
     "InlineTensor",
     "Phase",

@@ -16,7 +16,6 @@ MAX_SHOWN = 80
 # In the schema so that it can be refused by name; the value that asks for nothing is accepted.
 NOT_BUILT: dict[str, object] = {
     "presets": [],
-    "when": [],
     "readout": None,
     "positions": None,
     "window": None,
@@ -100,7 +99,7 @@ def _raise_first(errors: list[ErrorDetails], root: str) -> NoReturn:
 
 def _model_at(location: tuple[int | str, ...]) -> type[BaseModel]:
     """The schema of the object at `location`."""
-    from steer_server.spec.schema import Apply, InlineTensor
+    from steer_server.spec.schema import Apply, Condition, FeatureOf, InlineTensor
 
     names = [part for part in location if isinstance(part, str)]
     if not names:
@@ -109,6 +108,8 @@ def _model_at(location: tuple[int | str, ...]) -> type[BaseModel]:
         ("features",): FeatureEdit,
         ("vectors",): VectorEdit,
         ("apply",): Apply,
+        ("when",): Condition,
+        ("when", "feature"): FeatureOf,
         ("features", "apply"): EntryApply,
         ("vectors", "apply"): EntryApply,
         ("vectors", "data"): InlineTensor,

@@ -12,10 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field
 FeatureOp = Literal["set", "add", "min", "max", "scale", "ablate"]
 VectorOp = Literal["add", "project_out", "scale_along", "cap"]
 Phase = Literal["prompt", "generation", "all"]
+ConditionOp = Literal[">", ">=", "<", "<="]
+Scope = Literal["token"]
 Unit = Literal["raw", "max_act", "std", "resid_norm", "neuronpedia"]
 
 FEATURE_OPS: tuple[str, ...] = get_args(FeatureOp)
 VECTOR_OPS: tuple[str, ...] = get_args(VectorOp)
+CONDITION_OPS: tuple[str, ...] = get_args(ConditionOp)
+SCOPES: tuple[str, ...] = get_args(Scope)
 UNITS: tuple[str, ...] = ("raw",)
 """Units that this version converts."""
 
@@ -61,6 +65,22 @@ class FeatureEdit(_Strict):
     apply: EntryApply | None = None
 
 
+class FeatureOf(_Strict):
+    """A feature of an SAE."""
+
+    sae: Name
+    index: Index
+
+
+class Condition(_Strict):
+    """What must hold of a token for the entries to act on it: its activation of a feature, compared with `value`."""
+
+    feature: FeatureOf
+    op: ConditionOp
+    value: Finite
+    scope: Scope = "token"
+
+
 class InlineTensor(_Strict):
     """Little-endian values in C order, base64."""
 
@@ -89,5 +109,5 @@ class SteeringSpec(_Strict):
     vectors: Annotated[list[VectorEdit], Field(max_length=MAX_ENTRIES)] = []
     apply: Apply = Apply()
     presets: Any = None
-    when: Any = None
+    when: Annotated[list[Condition], Field(max_length=MAX_ENTRIES)] = []
     readout: Any = None

@@ -1,12 +1,14 @@
 """Admission, the row budget, and receipts from what workers report."""
 
 import gc
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from steer_server.engine.admission import Admission, NotAppliedError
 from steer_server.engine.config import ConfigError, ModelFacts, SteeringConfig, parse_options, resolve_config
+from steer_server.plan import CLOSED, OPEN
 from steer_server.spec import SteeringError
 from tests.e2e.saes import every_kind
 from tests.sae_models.build import build_sae
@@ -148,7 +150,7 @@ def test_too_much_at_once_is_a_429_until_something_finishes(sae):
     # Equal rows are counted once: this one needs nothing new, though only 4 rows are left.
     admission.admit(spec(*range(20)))
     sequence = first.start_sequence(prompt_len=5)
-    sequence.add_report([(0, 5)], [])
+    sequence.add_report([(0, 5)], [], [])
     sequence.finish(num_output_tokens=1, aborted=False)
     del second
     gc.collect()
@@ -177,20 +179,97 @@ def test_receipts_add_up_over_sequences(sae):
     admitted = Admission(config_of(**sae)).admit(spec(1, apply={"phase": "prompt"}))
     for spans, returned in (([(0, 10), (10, 12)], 3), ([(8, 10), (10, 13)], 4)):
         sequence = admitted.start_sequence(prompt_len=10)
-        sequence.add_report(spans, [])
+        sequence.add_report(spans, [], [])
         sequence.finish(returned, aborted=False)
     (entry,) = admitted.receipt().applied
     assert (entry.source, entry.op, entry.layers, entry.tokens, entry.cached) == ("feature a/1", "set", (1,), 12, 8)
 
 
+def when(index=7, op=">", value=0.5, sae="a", **rest):
+    return [{"feature": {"sae": sae, "index": index}, "op": op, "value": value} | rest]
+
+
+def test_receipts_tell_on_how_many_tokens_conditions_did_not_hold(sae):
+    admitted = Admission(config_of(**sae)).admit(spec(1, when=when(), apply={"skip_first": 1}))
+    for said in (bytes([OPEN] * 4), bytes([CLOSED, OPEN, CLOSED, CLOSED])):
+        sequence = admitted.start_sequence(prompt_len=5)
+        sequence.add_report([(2, 6)], [], [(2, said)])
+        sequence.finish(num_output_tokens=2, aborted=False)
+    (line,) = admitted.receipt().as_json()["applied"]
+    assert (line["tokens"], line["closed"], line["cached"]) == (5, 3, 2)
+    without = Admission(config_of(**sae)).admit(spec(1))
+    assert "closed" not in without.receipt().as_json()["applied"][0]
+
+
+def test_a_token_of_which_no_condition_was_reported_fails_the_request(sae):
+    sequence = Admission(config_of(**sae)).admit(spec(1, when=when())).start_sequence(prompt_len=4)
+    sequence.add_report([(0, 4)], [], [(0, bytes([OPEN, OPEN, CLOSED]))])
+    with pytest.raises(NotAppliedError, match="conditions were not evaluated for 1 of the tokens"):
+        sequence.finish(num_output_tokens=1, aborted=False)
+
+
+def test_values_at_a_bound_are_on_the_side_that_the_op_says(sae):
+    admission = Admission(config_of(**sae))
+    asked = {op: admission.admit(spec(1, when=when(op=op, value=0.3))).plan.when[0] for op in (">", ">=", "<", "<=")}
+    third = np.float32(0.3)
+    for op, condition in asked.items():
+        for f in (np.nextafter(third, np.float32(0)), third, np.nextafter(third, np.float32(1))):
+            holds = (f > np.float32(condition.bound)) != condition.negated
+            assert holds == {">": f > third, ">=": f >= third, "<": f < third, "<=": f <= third}[op]
+
+
+@pytest.mark.parametrize(
+    ("body", "path", "says"),
+    [
+        (spec(1, when=when(sae="b")), "when[0].feature.sae", "known SAEs: a"),
+        (spec(1, when=when(index=10**6)), "when[0].feature.index", "allowed: 0 to"),
+        (
+            {"vectors": [{"data": inline(np.ones(8)), "layers": [0]}], "when": when()},
+            "when[0].feature",
+            r"read at blocks.1.hook_resid_post, but the request edits blocks.0.hook_resid_post, which comes before it",
+        ),
+        (spec(1, when=[*when(), *when(8)]), "when[1]", "to 3 edit rows"),
+    ],
+)
+def test_conditions_that_cannot_be(sae, body, path, says):
+    with pytest.raises(SteeringError) as caught:
+        Admission(config_of(max_edits=2, **sae)).admit(body)
+    assert caught.value.param == f"steering.{path}"
+    assert says in caught.value.message
+
+
+def test_conditions_need_one_place_and_one_stage(tmp_path):
+    folder = every_kind(tmp_path, 8, 32, list(range(9)))["kind/layer_group"]
+    model = ModelFacts("m", 8, 9, 4, 64, 1)
+    two_places = Admission(config_of(model, saes={"a": str(folder)}))
+    body = {"vectors": [{"data": inline(np.ones(8)), "layers": [8]}], "when": when()}
+    with pytest.raises(
+        SteeringError, match=r"'a' stands at blocks.7.hook_resid_post, blocks.8.hook_resid_post; a cond"
+    ):
+        two_places.admit(body)
+    folder = str(build_sae(tmp_path / "one"))
+    two_stages = Admission(config_of(replace(model, stages=2), saes={"a": folder}))
+    with pytest.raises(
+        SteeringError, match=r"when\[0\]: conditions are not supported on a server with pipeline stages"
+    ):
+        two_stages.admit(body)
+
+
+def test_conditions_of_no_edit_are_checked_and_forgotten(sae):
+    admission = Admission(config_of(**sae))
+    assert admission.admit({"when": when()}).plan.when == ()
+    with pytest.raises(SteeringError, match="known SAEs: a"):
+        admission.admit({"when": when(sae="b")})
+
+
 def test_a_sequence_that_was_not_steered_as_asked_fails(sae):
     admission = Admission(config_of(**sae))
     short = admission.admit(spec(1)).start_sequence(prompt_len=10)
-    short.add_report([(0, 10)], [])
+    short.add_report([(0, 10)], [], [])
     with pytest.raises(NotAppliedError, match="up to token 10 of 12"):
         short.finish(num_output_tokens=3, aborted=False)
     skipped = admission.admit(spec(1)).start_sequence(prompt_len=10)
-    skipped.add_report([(0, 10)], ["blocks.1.hook_resid_post"])
+    skipped.add_report([(0, 10)], ["blocks.1.hook_resid_post"], [])
     with pytest.raises(NotAppliedError, match=r"not applied at blocks.1.hook_resid_post;"):
         skipped.finish(num_output_tokens=1, aborted=False)
     aborted = admission.admit(spec(1)).start_sequence(prompt_len=10)

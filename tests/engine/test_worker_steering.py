@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_models import HookPoint
-from steer_kernels.apply_edits import apply_edits
+from steer_kernels.apply_edits import MAX_RANKED, apply_edits
 from steer_server.engine.admission import Admission
 from steer_server.engine.config import ConfigError, ModelFacts, parse_options, resolve_config
 from steer_server.engine.worker import WorkerSteering
+from steer_server.plan import CLOSED, OPEN
 from tests.e2e.saes import every_kind
 from tests.kernels.conftest import INTERPRETED
 from tests.oracle.oracle_sae import OracleSAE
@@ -65,12 +66,53 @@ class Simulation:
             apply_edits(hidden, residual, number)
             assert torch.allclose((hidden + residual).double(), expected, atol=2e-5), site
         self.worker.end_step()
-        return self.worker.take_report()
+        report = self.worker.take_report()
+        self.check_gates(report, scheduled, incoming)
+        return report
+
+    def check_gates(self, report, scheduled, incoming):
+        """What is reported of conditions, for all tokens from the first to the last that an entry acts on."""
+        asked, token = {}, 0
+        for request_id, first, n in scheduled:
+            spec = self.specs.get(request_id, {})
+            entries = [*spec.get("features", []), *spec.get("vectors", [])] if spec.get("when") else []
+            acting = [
+                position
+                for position in range(first, first + n)
+                if any(self.acts(e, spec, position, self.prompt_lens[request_id], self.skip(e)) for e in entries)
+            ]
+            if acting:
+                held = [
+                    self.holds(spec, {site: stream[token + position - first] for site, stream in incoming.items()})
+                    for position in range(acting[0], acting[-1] + 1)
+                ]
+                asked[request_id] = (acting[0], bytes(OPEN if h else CLOSED for h in held))
+            token += n
+        assert (report.settled().gates if report else {}) == asked
+
+    def skip(self, entry):
+        return self.saes[entry["sae"]].skip_first if "sae" in entry else 0
+
+    def holds(self, spec, streams):
+        """Whether all conditions hold of a token with these streams, by site."""
+        compare = {">": float.__gt__, ">=": float.__ge__, "<": float.__lt__, "<=": float.__le__}
+        return all(
+            compare[condition["op"]](self.activation(condition["feature"], streams), float(condition["value"]))
+            for condition in spec.get("when", [])
+        )
+
+    def activation(self, feature, streams):
+        sae = self.saes[feature["sae"]]
+        return float(sae.encode(streams[sae.sites[0]].unsqueeze(0))[0, feature["index"]])
 
     def edited(self, request_id, site, position, streams):
         """The stream that leaves `site`; streams: those that came in there and at the sites before, by site."""
         spec, prompt_len = self.specs[request_id], self.prompt_lens[request_id]
         h = streams[site]
+        read_at = [self.saes[c["feature"]["sae"]].sites[0] for c in spec.get("when", [])]
+        if not all(read in streams for read in read_at) or not self.holds(spec, streams):
+            # What is read behind this site decides about nothing here.
+            return h
         delta = torch.zeros_like(h)
         for feature in spec.get("features", []):
             sae = self.saes[feature["sae"]]
@@ -158,6 +200,32 @@ SPECS = {
             feature("kind/layer_group", 3, "scale", 0.5),
         ],
         "apply": {"preserve_norm": True, "skip_first": 0},
+    },
+    "conditions": {
+        "features": [
+            feature("kind/transcoder", 1, "set", 2.0, apply={"phase": "generation"}),
+            feature("kind/abstopk", 3, "scale", -1.0),
+            feature("kind/switch", 4, "add", 1.0),
+        ],
+        "vectors": [{"data": VECTOR, "layers": [3, 4, 8], "op": "add", "strength": 0.5}],
+        "when": [
+            {"feature": {"sae": "standard", "index": 1}, "op": ">", "value": 0.2},
+            {"feature": {"sae": "kind/abstopk", "index": 3}, "op": "<=", "value": 0.5},
+        ],
+    },
+    "a condition on what TopK keeps": {
+        "features": [feature("standard", 5, "set", 1.0), feature("topk", 2, "scale", 3.0)],
+        "vectors": [{"data": VECTOR, "layers": [1, 6], "op": "cap", "min": -0.2, "max": 0.2}],
+        "when": [{"feature": {"sae": "topk", "index": 3}, "op": "<", "value": 0.1, "scope": "token"}],
+        "apply": {"preserve_norm": True, "skip_first": 2},
+    },
+    "a condition at the first place": {
+        "vectors": [{"data": VECTOR, "layers": [0, 1], "op": "add", "strength": 1.0}],
+        "when": [
+            {"feature": {"sae": "kind/resid_pre", "index": 0}, "op": ">=", "value": 0.1},
+            {"feature": {"sae": "kind/resid_pre", "index": 0}, "op": "<", "value": 2.5},
+        ],
+        "apply": {"phase": "prompt"},
     },
     "generation": {"vectors": [{"data": VECTOR, "layers": [1], "op": "project_out"}], "apply": {"phase": "generation"}},
 }
@@ -276,6 +344,32 @@ def test_a_transcoder_whose_input_was_not_read_is_reported_and_writes_nothing(co
         assert torch.equal(hidden, torch.ones(1, D_MODEL))
 
 
+@pytest.mark.parametrize("skipped", ["blocks.1.hook_resid_post", "blocks.3.hook_resid_post"])
+def test_a_condition_that_was_not_read_is_reported_and_decides_nothing(config, skipped):
+    sim = Simulation(config)
+    sim.add("a", SPECS["conditions"] | {"apply": {"skip_first": 0}}, prompt_len=2)
+    for first in (0, 1):
+        sim.worker.begin_step(["a"], np.array([first]), np.array([1]))
+        hidden = torch.ones(1, D_MODEL)
+        for number, site in enumerate(config.sites):
+            if site != skipped:
+                apply_edits(hidden, None, number)
+        sim.worker.end_step()
+        written = {"blocks.3.hook_resid_post", "blocks.4.hook_resid_post", "blocks.5.hook_resid_post"}
+        assert set(sim.worker.take_report().missing_sites) == written | {"blocks.8.hook_resid_post"}
+        assert torch.equal(hidden, torch.ones(1, D_MODEL))
+
+
+def test_a_gate_and_what_goes_through_it_are_not_parted(config):
+    """Though a request that ranks more features than are ranked one by one is edited by whole SAEs."""
+    many = [{"feature": {"sae": "topk", "index": i % 24}, "op": ">", "value": -1.0 - i} for i in range(MAX_RANKED + 1)]
+    sim = Simulation(replace(config, max_edits=MAX_RANKED + 4))
+    sim.add("a", {"vectors": SPECS["conditions"]["vectors"], "when": many}, prompt_len=3)
+    sim.add("b", SPECS["conditions"], prompt_len=4)
+    sim.step([("a", 0, 3), ("b", 0, 4)])
+    sim.step([("b", 4, 1), ("a", 3, 1)])
+
+
 def test_nothing_is_steered_between_steps(config):
     sim = Simulation(config)
     sim.add("a", SPECS["vectors"], prompt_len=3)
@@ -334,7 +428,7 @@ def stage_of(config, layers):
     return WorkerSteering(replace(config, sites=here), torch.float32, torch.device("cpu"), elsewhere)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [name for name, spec in SPECS.items() if "when" not in spec])
 def test_pipeline_stages_do_together_what_one_worker_does(config, spec):
     """Each with the rows and encoders of its own sites only."""
     plan = Admission(config).admit(SPECS[spec]).plan

@@ -13,9 +13,12 @@ import pytest
 import torch
 from wrapt.importer import register_post_import_hook
 
+from steer_kernels.apply_edits import torch_path
+
 HERE = Path(__file__).parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["interpreter"] if INTERPRETED else ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+FORMS = ["torch", "compiled"] if DEVICES == ["cpu"] else ["rows", "blocks"]
 
 
 def add_up_in_one_order(interpreter):
@@ -60,3 +63,18 @@ def pytest_collection_modifyitems(config, items):
 def triton_device() -> str:
     """The torch device that Triton's launchers take here."""
     return "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.fixture(params=FORMS)
+def form(request, monkeypatch):
+    """Where edits are applied: by the torch path, alone or with the kernel that is compiled for CPUs; or by the Triton
+    kernel, in its row form alone or with its grouped form wherever tokens share their edits."""
+    if request.param == "torch":
+        monkeypatch.setattr(torch_path, "is_compiled", lambda edits, rows: False)
+    elif request.param != "compiled":
+        from steer_kernels.apply_edits import triton_kernel
+
+        monkeypatch.setattr(triton_kernel, "GROUPED_FROM", 1 if request.param == "blocks" else 1 << 30)
+        # The least that matrix units take, so that few tokens fill blocks.
+        monkeypatch.setattr(triton_kernel, "BLOCK", 16)
+    return request.param

@@ -6,7 +6,7 @@ import torch
 from steer_kernels.apply_edits.edits import TokenNorm, TopKEncoder
 from steer_kernels.apply_edits.reference import apply_edits_reference
 from steer_kernels.apply_edits.step_table import Ranking, Room, StepTable
-from tests.kernels.test_apply_edits import build_edits, encoder_on, token_groups
+from tests.kernels.edit_cases import build_edits, encoder_on, token_groups
 from tests.launch_recorder import captured
 
 SITES, TOKENS, D_MODEL = 3, 6, 40

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer_kernels.apply_edits import TopKEncoder, apply_edits_reference, prepare_edits
-from tests.kernels.test_apply_edits import build_edits
+from tests.kernels.edit_cases import build_edits
 
 INF = float("inf")
 ROWS = torch.randn(6, 24, generator=torch.Generator().manual_seed(0)) / 24**0.5

@@ -13,6 +13,7 @@ from tests.kernels.conftest import INTERPRETED
 ROOT = Path(__file__).parents[2]
 KERNELS = (
     "apply_edits",
+    "gates",
     "encode_topk",
     "encode_topk_screened",
     "encode_threshold",

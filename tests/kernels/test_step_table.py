@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from steer_kernels.apply_edits.edits import TopKEncoder
 from steer_kernels.apply_edits.step_table import FLOATS, INTEGERS, READ_ORDER, WORDS, Room, StepTable
-from tests.kernels.test_apply_edits import build_edits, token_groups
+from tests.kernels.edit_cases import build_edits, token_groups
 
 SITES = 3
 
@@ -20,7 +20,8 @@ def found(step_table, token, site, order):
     if group < 0:
         return []
     first = step_table.first_write if order == "write" else step_table.first_read
-    begin, end = first[group * SITES + site].item(), first[group * SITES + site + 1].item()
+    at = group * (SITES + 1) + site + (order == "write")
+    begin, end = first[at].item(), first[at + 1].item()
     records = step_table.records.view(-1, WORDS)
     places = range(begin, end) if order == "write" else records[begin:end, READ_ORDER].tolist()
     result = []

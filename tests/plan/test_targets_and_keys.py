@@ -4,7 +4,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer_server.plan import BlockKeys, DecoderRow, Edit, Plan, Response, Target, TokenSpans, applied_tokens
+from steer_server.plan import (
+    CLOSED,
+    OPEN,
+    BlockKeys,
+    Condition,
+    DecoderRow,
+    Edit,
+    EncoderRow,
+    GateRecord,
+    Plan,
+    Response,
+    Target,
+    TokenCounts,
+    TokenSpans,
+    applied_tokens,
+    decode_plan,
+    encode_plan,
+)
 
 BLOCK = 16
 
@@ -97,8 +114,53 @@ def test_tokens_and_cached_tokens():
     computed.add(128, 200)
     computed.add(200, 203)
     # A prompt of 200 tokens, 128 of them from the cache, and 4 tokens returned: 3 of those were fed to the model.
-    assert applied_tokens(Target("all"), 200, 203, computed) == (75, 128)
-    assert applied_tokens(Target("prompt"), 200, 203, computed) == (72, 128)
-    assert applied_tokens(Target("generation"), 200, 203, computed) == (3, 0)
-    assert applied_tokens(Target("all", skip_first=130), 200, 203, computed) == (73, 0)
-    assert applied_tokens(Target("prompt", skip_first=500), 200, 203, computed) == (0, 0)
+    assert applied_tokens(Target("all"), 200, 203, computed) == TokenCounts(75, 0, 128)
+    assert applied_tokens(Target("prompt"), 200, 203, computed) == TokenCounts(72, 0, 128)
+    assert applied_tokens(Target("generation"), 200, 203, computed) == TokenCounts(3, 0, 0)
+    assert applied_tokens(Target("all", skip_first=130), 200, 203, computed) == TokenCounts(73, 0, 0)
+    assert applied_tokens(Target("prompt", skip_first=500), 200, 203, computed) == TokenCounts(0, 0, 0)
+
+
+REPORTS = st.lists(st.tuples(st.integers(0, 40), st.binary(max_size=12)), max_size=8)
+
+
+@given(REPORTS, st.integers(0, 50), st.integers(0, 50))
+def test_what_is_said_last_of_a_position_counts(reports, first, end):
+    """Of positions that are computed again, as after a preemption."""
+    reports = [(at, bytes(1 + byte % 2 for byte in said)) for at, said in reports]
+    gate, computed, truth = GateRecord(), TokenSpans(), {}
+    for at, said in reports:
+        gate.add(at, said)
+        computed.add(at, at + len(said))
+        truth |= dict(enumerate(said, at))
+    expected = [truth[i] for i in range(first, end) if i in truth]
+    assert gate.count(computed.within(first, end)) == (expected.count(OPEN), expected.count(CLOSED))
+
+
+def test_open_closed_and_cached_tokens():
+    computed, gate = TokenSpans(), GateRecord()
+    computed.add(4, 10)
+    gate.add(4, bytes([OPEN, CLOSED, CLOSED, OPEN, OPEN, OPEN]))
+    assert applied_tokens(Target("all"), 8, 10, computed, gate) == TokenCounts(tokens=4, closed=2, cached=4)
+    assert applied_tokens(Target("prompt", skip_first=5), 8, 10, computed, gate) == TokenCounts(1, 2, 0)
+    # A draft that was rejected lies behind what counts, as does nothing else.
+    computed.add(10, 12)
+    with pytest.raises(ValueError, match="not evaluated for 2 of the tokens"):
+        applied_tokens(Target("all"), 8, 12, computed, gate)
+
+
+def test_conditions_are_part_of_what_is_asked():
+    plain = plan_of(Target("all"))
+    conditions = [
+        Condition("blocks.1.hook_resid_post", EncoderRow("sae", 1), bound, negated)
+        for bound in (0.5, 1.0)
+        for negated in (False, True)
+    ]
+    plans = [Plan.build(list(plain.edits), {}, False, [condition]) for condition in conditions]
+    plans.append(Plan.build(list(plain.edits), {}, False, conditions))
+    assert len({plan.fingerprint for plan in (plain, *plans)}) == 6
+    assert len({tuple(keys(plan, 8)) for plan in (plain, *plans)}) == 6
+    again = Plan.build(list(plain.edits), {}, False, [*conditions[::-1], conditions[0]])
+    assert again == plans[-1], "the order, and saying it twice, make no difference"
+    assert decode_plan(encode_plan(again)) == again
+    assert EncoderRow("sae", 1) in again.row_refs()

@@ -13,6 +13,9 @@ TENSOR = {"dtype": "float32", "shape": [4], "data": "AAAA"}
 VECTOR = {"data": TENSOR, "layers": [1], "op": "add", "strength": 2.0}
 
 
+CONDITION = {"feature": {"sae": "demo/l1", "index": 7}, "op": ">", "value": 0.3}
+
+
 def one(feature=None, vector=None, **rest):
     return {
         **({"features": [FEATURE | feature]} if feature is not None else {}),
@@ -28,7 +31,7 @@ def test_accepts_what_the_design_shows():
             "vectors": [VECTOR, VECTOR | {"op": "project_out", "strength": None}],
             "apply": {"phase": "generation", "skip_first": 1, "skip_special_tokens": False, "positions": None,
                       "window": None, "preserve_norm": True},
-            "presets": [], "when": [], "readout": None,
+            "presets": [], "when": [CONDITION | {"scope": "token"}], "readout": None,
         }
     )  # fmt: skip
     assert [f.op for f in spec.features] == ["set", "ablate"]
@@ -75,7 +78,13 @@ BAD = [
     (one(vector={"data": TENSOR | {"shape": [1, 1, 4]}}), "vectors[0].data.shape", "at most 2 items"),
     (one(vector={"data": TENSOR | {"path": "/etc/passwd"}}), "vectors[0].data.path", "not a known key"),
     ({"presets": [{"name": "cheerful"}]}, "presets", "not supported by this version"),
-    ({"when": [{}]}, "when", "not supported by this version"),
+    (one({}, when=[CONDITION | {"op": "="}]), "when[0].op", "'>'"),
+    (one({}, when=[CONDITION | {"scope": "request"}]), "when[0].scope", "'token'"),
+    (one({}, when=[CONDITION | {"value": float("inf")}]), "when[0].value", "got inf"),
+    (one({}, when=[{"op": ">", "value": 1.0}]), "when[0].feature", "required"),
+    (one({}, when=[CONDITION | {"feature": {"sae": "a", "idnex": 1}}]), "when[0].feature.idnex", "mean 'index'"),
+    (one({}, when=[CONDITION | {"featur": 3}]), "when[0].featur", "did you mean 'feature'"),
+    (one({}, when=CONDITION), "when", "list"),
     ({"readout": {"sae": "x"}}, "readout", "not supported by this version"),
     ({"features": {}}, "features", "list"),
     ({"features": [3]}, "features[0]", "dictionary"),

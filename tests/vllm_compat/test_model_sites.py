@@ -10,7 +10,7 @@ import transformers
 from sae_models import HookPoint
 from steer_kernels.apply_edits import CapturingSite, bind_sites, prepare_edits
 from steer_server.engine.vllm_compat.decoder_layers import find_decoder_layers, find_places
-from tests.kernels.test_apply_edits import build_edits
+from tests.kernels.edit_cases import build_edits
 from tests.oracle.hf_sites import hook
 
 D_MODEL, N_LAYERS, TOKENS = 64, 2, 7

@@ -15,7 +15,8 @@ MEMBERSHIP_CHUNK = 256
 
 @dataclass(frozen=True)
 class Response:
-    """g(f) - f for some values; None where no row of the group needs the step."""
+    """g(f) - f for some values; None where no row of the group needs the step. condition: whether they are conditions
+    instead, all of them."""
 
     threshold: torch.Tensor | None
     scale: torch.Tensor
@@ -24,6 +25,7 @@ class Response:
     shift: torch.Tensor
     low: torch.Tensor | None
     high: torch.Tensor | None
+    condition: bool
     zero: torch.Tensor
     """0, made once: torch.where makes a tensor of a number in each call."""
 
@@ -39,6 +41,7 @@ class Response:
             shift=torch.from_numpy(edits.shift).to(device),
             low=column(edits.low, -np.inf),
             high=column(edits.high, np.inf),
+            condition=bool((edits.write < 0).all()),
             zero=torch.zeros((), device=device),
         )
 
@@ -54,6 +57,10 @@ class Response:
         return torch.ones_like(pre, dtype=torch.bool) if self.threshold is None else pre > self.threshold
 
     def coefficient(self, f: torch.Tensor) -> torch.Tensor:
+        """g(f) - f; of conditions, 1 where they do not hold."""
+        if self.condition:
+            above = torch.ones_like(f, dtype=torch.bool) if self.low is None else f > self.low
+            return (above != (self.scale >= 0)).float()
         if self.low is None and self.high is None:
             return torch.addcmul(self.shift, f, self.gain)
         g = torch.addcmul(self.shift, f, self.scale)

@@ -9,17 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from numba import njit
 
 from steer_kernels.apply_edits.batch_tokens import gather, one_row_a_token
+from steer_kernels.apply_edits.closed import Closed
 from steer_kernels.apply_edits.edits import FloatArray, IntArray, SiteEdits, stream_limit
 
 _ROWS, _INDEX, _NUMBERS = "float32[:, ::1]", "int64[::1]", "float32[::1]"
 _SIGNATURE = (
     f"void({_ROWS}, {_ROWS}, boolean, {_INDEX}, {_INDEX}, {_ROWS}, {_INDEX}, {_INDEX}, {', '.join([_NUMBERS] * 6)}, "
-    f"boolean[::1], float32, {_NUMBERS}, {_NUMBERS})"
+    f"boolean[::1], {_INDEX}, {_NUMBERS}, float32, {_NUMBERS}, {_NUMBERS})"
 )
 
 
@@ -27,10 +27,10 @@ _SIGNATURE = (
 @njit(_SIGNATURE, fastmath={"reassoc", "contract"}, nogil=True)
 def _edit_tokens(
     hidden, residual, has_residual, tokens, first, rows, read, write,
-    bias, threshold, scale, shift, low, high, preserve_norm, limit, coefficient, delta,
+    bias, threshold, scale, shift, low, high, preserve_norm, place, failing, limit, coefficient, delta,
 ):  # fmt: skip
     """Edits first[i] to first[i + 1] act on token tokens[i]. Edit j reads along rows[read[j]], if that is not -1, and
-    writes along rows[write[j]].
+    writes along rows[write[j]], where failing[place[j]] is 0.
 
     coefficient, delta: room for the edits of one token, and for a row.
     """
@@ -40,7 +40,12 @@ def _edit_tokens(
         h = hidden[tokens[i]]
         r = residual[tokens[i]] if has_residual else h
         begin, end = first[i], first[i + 1]
+        keeps_norm = False
         for j in range(begin, end):
+            if failing[place[j]] > zero:
+                coefficient[j - begin] = zero
+                continue
+            keeps_norm |= preserve_norm[j]
             f = zero
             if read[j] >= 0:
                 row = rows[read[j]]
@@ -68,7 +73,7 @@ def _edit_tokens(
             row, amount = rows[write[j]], coefficient[j - begin]
             for c in range(d_model):
                 delta[c] += amount * row[c]
-        if preserve_norm[i]:
+        if keeps_norm:
             before, after = zero, zero
             for c in range(d_model):
                 x = h[c] + r[c] if has_residual else h[c]
@@ -89,6 +94,7 @@ def _edit_tokens(
             h[c] = new if delta[c] != zero else h[c]
 
 
+_NO_GATES = np.zeros(1, dtype=np.float32)
 _LIMIT = np.float32(stream_limit(torch.float32))
 
 
@@ -98,19 +104,20 @@ class TokenEdits:
 
     tokens [T], first [T + 1]: edits first[i] to first[i + 1] act on tokens[i]. rows [R, d_model]: copied, since the
     bank may change hands before the table does; `edits.read` and `edits.write` are numbers of these.
-    preserve_norm: [T].
+    place: where in failing each edit finds its gate, as `Closed` says.
     """
 
     edits: SiteEdits
     tokens: IntArray
     first: IntArray
     rows: FloatArray
-    preserve_norm: npt.NDArray[np.bool_]
+    place: IntArray
+    failing: FloatArray
     coefficient: FloatArray
     delta: FloatArray
 
     @staticmethod
-    def of(edits: SiteEdits, bank: torch.Tensor) -> TokenEdits:
+    def of(edits: SiteEdits, bank: torch.Tensor, closed: Closed | None = None) -> TokenEdits:
         used, place = np.unique(np.concatenate([edits.read, edits.write]), return_inverse=True)
         # The first of those that are used is -1, where it is.
         place = place.reshape(2, -1) - int(used[0] < 0)
@@ -122,7 +129,8 @@ class TokenEdits:
             tokens=tokens,
             first=np.append(first, len(edits)),
             rows=gather(bank, used[used >= 0]).numpy(),
-            preserve_norm=np.logical_or.reduceat(edits.preserve_norm, first),
+            place=np.zeros_like(edits.gate) if closed is None else closed.places(edits.gate, edits.start),
+            failing=_NO_GATES if closed is None else closed.failing.numpy(),
             coefficient=np.empty(int(count.max()), dtype=np.float32),
             delta=np.empty(bank.shape[1], dtype=np.float32),
         )
@@ -141,7 +149,8 @@ class TokenEdits:
         e = self.edits
         _edit_tokens(
             stream, other, residual is not None, self.tokens, self.first, self.rows, e.read, e.write, e.bias,
-            e.threshold, e.scale, e.shift, e.low, e.high, self.preserve_norm, _LIMIT, self.coefficient, self.delta,
+            e.threshold, e.scale, e.shift, e.low, e.high, e.preserve_norm, self.place, self.failing, _LIMIT,
+            self.coefficient, self.delta,
         )  # fmt: skip
         if h is not hidden:
             hidden.copy_(h)

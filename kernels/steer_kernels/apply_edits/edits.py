@@ -99,6 +99,12 @@ class SiteEdits:
     source: the site whose stream x is read, which an earlier op of the same forward sees; -1 for h, the stream that is
         edited.
     preserve_norm: after all rows are applied, h' is rescaled to the norm of h.
+    gate: the number of the gate that the row goes through, -1 for none: it acts on those tokens where all conditions
+        of the gate hold, and leaves the others to the bit as they are.
+
+    Rows with write = -1 are the conditions. They read, and write nothing: one holds where f > low, or where scale is
+    negative, where f <= low. `gate` is the one that it is a part of, start to stop has the tokens of all rows that go
+    through that, and nothing else is looked at but what makes f.
     """
 
     start: IntArray
@@ -116,6 +122,7 @@ class SiteEdits:
     norm: IntArray
     source: IntArray
     preserve_norm: npt.NDArray[np.bool_]
+    gate: IntArray
 
     def __len__(self) -> int:
         return len(self.start)

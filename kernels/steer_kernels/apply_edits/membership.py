@@ -16,7 +16,9 @@ EDITS = 16
 """Edits that a program looks at together."""
 
 
-@triton.jit(do_not_specialize=["site", "n_sites", "asked_stride", "encoder", "norm", "first_feature", "last_feature"])
+@triton.jit(
+    do_not_specialize=["site", "group_offsets", "asked_stride", "encoder", "norm", "first_feature", "last_feature"]
+)
 def _asked_features(
     group_ptr,
     first_write_ptr,
@@ -24,7 +26,7 @@ def _asked_features(
     table_ptr,
     asked_ptr,
     site,
-    n_sites,
+    group_offsets,
     asked_stride,
     encoder,
     norm,
@@ -44,9 +46,9 @@ def _asked_features(
     group = tl.load(group_ptr + token)
     if group < 0:
         return
-    base = tl.load(first_write_ptr + group * n_sites)
-    begin = tl.load(first_read_ptr + group * n_sites + site)
-    end = tl.load(first_read_ptr + group * n_sites + site + 1)
+    base = tl.load(first_write_ptr + group * group_offsets)
+    begin = tl.load(first_read_ptr + group * group_offsets + site)
+    end = tl.load(first_read_ptr + group * group_offsets + site + 1)
     for first in range(begin, end, EDITS):
         place = first + tl.arange(0, EDITS)
         exists = place < end
@@ -105,7 +107,7 @@ def rank(hidden: torch.Tensor, residual: torch.Tensor | None, table: StepTable, 
         features = slice(first, first + encoder.group_size)
         asked = torch.empty(n_tokens, table.columns, dtype=torch.int32, device=hidden.device)
         _asked_features[(n_tokens,)](
-            table.token_group, table.first_write, table.first_read, table.records, asked, site, table.n_sites,
+            table.token_group, table.first_write, table.first_read, table.records, asked, site, table.group_offsets,
             table.columns, ranking.encoder, int(ranking.norm), first, features.stop - 1, EDITS=EDITS, num_warps=1,
         )  # fmt: skip
         x, _ = scaled(stream, ranking.norm)

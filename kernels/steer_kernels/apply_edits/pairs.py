@@ -10,6 +10,7 @@ import torch
 
 from steer_kernels.apply_edits.activations import MEMBERSHIP_CHUNK, Response, Selector
 from steer_kernels.apply_edits.batch_tokens import Tokens, constant_of, gather
+from steer_kernels.apply_edits.closed import Closed, Places
 from steer_kernels.apply_edits.edits import SiteEdits, TokenNorm, TopKEncoder
 from steer_kernels.count_above.torch_path import features_ahead
 
@@ -29,7 +30,10 @@ class ConstantPairs:
 
 @dataclass(frozen=True)
 class ReadPairs:
-    """P rows that read, each on one token. read, write: [P, d_model] float32."""
+    """P rows that read, each on one token. read, write: [P, d_model] float32; conditions have none to write.
+
+    places: those of their gates.
+    """
 
     tokens: Tokens
     read: torch.Tensor
@@ -37,16 +41,18 @@ class ReadPairs:
     bias: torch.Tensor
     response: Response
     norm: TokenNorm
+    places: Places | None
 
     @staticmethod
-    def of(edits: SiteEdits, rows: torch.Tensor) -> ReadPairs:
+    def of(edits: SiteEdits, rows: torch.Tensor, closed: Closed | None) -> ReadPairs:
         return ReadPairs(
             tokens=Tokens(edits.start, rows.device),
             read=gather(rows, edits.read),
-            write=gather(rows, edits.write),
+            write=gather(rows, edits.write[edits.write >= 0]),
             bias=torch.from_numpy(edits.bias).to(rows.device),
             response=Response.of(edits, rows.device),
             norm=TokenNorm(int(edits.norm[0])),
+            places=Places.of_pairs(closed, edits),
         )
 
     def pre_acts(self, x: torch.Tensor) -> torch.Tensor:
@@ -68,10 +74,10 @@ class MemberPairs:
     slot: torch.Tensor
 
     @staticmethod
-    def of(edits: SiteEdits, rows: torch.Tensor, encoders: Sequence[TopKEncoder]) -> MemberPairs:
+    def of(edits: SiteEdits, rows: torch.Tensor, encoders: Sequence[TopKEncoder], closed: Closed | None) -> MemberPairs:
         tokens, slot = np.unique(edits.start, return_inverse=True)
         return MemberPairs(
-            pairs=ReadPairs.of(edits, rows),
+            pairs=ReadPairs.of(edits, rows, closed),
             selector=Selector.of(encoders[int(edits.encoder[0])], edits.feature),
             distinct=Tokens(tokens, rows.device),
             slot=torch.from_numpy(slot.astype(np.int64)).to(rows.device),

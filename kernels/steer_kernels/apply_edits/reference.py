@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 from steer_kernels.apply_edits.edits import (
@@ -60,13 +61,17 @@ def apply_edits_reference(
 ) -> torch.Tensor:
     """Return the new `hidden`, float64, such that new hidden + residual is the edited residual stream.
 
+    edits: those of one site, and the conditions of their gates.
+
     hidden, residual: [tokens, d_model], the stream being their sum (residual None: hidden alone).
     rows: [capacity, d_model], the row bank. sources: by site, the streams that rows read elsewhere.
     """
     stream = hidden.double() if residual is None else hidden.double() + residual.double()
     edited = stream.clone()
     keep_norm: set[int] = set()
-    for e in range(len(edits)):
+    closed: set[tuple[int, int]] = set()
+    # Conditions first.
+    for e in np.argsort(edits.write >= 0, kind="stable"):
         source = int(edits.source[e])
         read_stream = stream if source < 0 else (sources or {})[source].double()
         for token in range(int(edits.start[e]), int(edits.stop[e])):
@@ -78,6 +83,12 @@ def apply_edits_reference(
                 f = p if p > edits.threshold[e] else 0.0
                 if edits.encoder[e] >= 0:
                     f *= survival(a * x, int(edits.feature[e]), encoders[int(edits.encoder[e])])
+            if edits.write[e] < 0:
+                if (f > edits.low[e]) != (edits.scale[e] >= 0):
+                    closed.add((int(edits.gate[e]), token))
+                continue
+            if (int(edits.gate[e]), token) in closed:
+                continue
             g = min(max(float(edits.scale[e]) * f + float(edits.shift[e]), float(edits.low[e])), float(edits.high[e]))
             edited[token] += s * (g - f) * rows[int(edits.write[e])].double()
             if edits.preserve_norm[e]:

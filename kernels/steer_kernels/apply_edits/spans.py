@@ -9,6 +9,7 @@ import torch
 
 from steer_kernels.apply_edits.activations import MEMBERSHIP_CHUNK, Response, Selector
 from steer_kernels.apply_edits.batch_tokens import constant_of, gather
+from steer_kernels.apply_edits.closed import Closed, Places
 from steer_kernels.apply_edits.edits import SiteEdits, TokenNorm, TopKEncoder
 from steer_kernels.apply_edits.token_norm import scaled
 
@@ -26,7 +27,7 @@ class Span:
     reads: SpanReads | None
 
     @staticmethod
-    def of(edits: SiteEdits, rows: torch.Tensor, encoders: Sequence[TopKEncoder]) -> Span:
+    def of(edits: SiteEdits, rows: torch.Tensor, encoders: Sequence[TopKEncoder], closed: Closed | None) -> Span:
         reading = edits.read >= 0
         constants, reads = edits.take(~reading), edits.take(reading)
         constant = None
@@ -36,7 +37,7 @@ class Span:
             start=int(edits.start[0]),
             stop=int(edits.stop[0]),
             constant=constant,
-            reads=SpanReads.of(reads, rows, encoders) if len(reads) else None,
+            reads=SpanReads.of(reads, rows, encoders, closed) if len(reads) else None,
         )
 
     def stream(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
@@ -47,7 +48,9 @@ class Span:
 
 @dataclass(frozen=True)
 class SpanReads:
-    """n rows that read. read, write: [n, d_model] float32. selector: what decides whether their features survive."""
+    """n rows that read. read, write: [n, d_model] float32; conditions have none to write. selector: what decides
+    whether their features survive. places: those of their gates.
+    """
 
     read: torch.Tensor
     write: torch.Tensor
@@ -55,17 +58,21 @@ class SpanReads:
     response: Response
     norm: TokenNorm
     selector: Selector | None
+    places: Places | None
 
     @staticmethod
-    def of(edits: SiteEdits, rows: torch.Tensor, encoders: Sequence[TopKEncoder]) -> SpanReads:
+    def of(
+        edits: SiteEdits, rows: torch.Tensor, encoders: Sequence[TopKEncoder], closed: Closed | None = None
+    ) -> SpanReads:
         encoder = int(edits.encoder[0])
         return SpanReads(
             read=gather(rows, edits.read),
-            write=gather(rows, edits.write),
+            write=gather(rows, edits.write[edits.write >= 0]),
             bias=torch.from_numpy(edits.bias).to(rows.device),
             response=Response.of(edits, rows.device),
             norm=TokenNorm(int(edits.norm[0])),
             selector=None if encoder < 0 else Selector.of(encoders[encoder], edits.feature),
+            places=Places.of_span(closed, edits),
         )
 
     def activations(self, x: torch.Tensor) -> torch.Tensor:

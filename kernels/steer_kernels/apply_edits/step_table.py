@@ -12,11 +12,16 @@ import torch
 from steer_kernels.apply_edits.edits import IntArray, SiteEdits, TokenNorm, TopKEncoder
 
 WORDS = 16
-"""32-bit words of an edit's record, of which the last are unused: a record is one line of 64 bytes."""
+"""32-bit words of an edit's record: one line of 64 bytes."""
 INTEGERS = ("start", "stop", "read", "write", "norm", "preserve_norm", "encoder", "feature")
 FLOATS = ("bias", "threshold", "scale", "shift", "low", "high")
 READ_ORDER = len(INTEGERS) + len(FLOATS)
 """The word of record i that names the edit which is i-th in the order of reading."""
+GATE = READ_ORDER + 1
+"""The word that says where the conditions are which must hold: the first, counted from the first edit of the group,
+plus `GATE_COUNT` times how many they are; 0 without a gate."""
+GATE_COUNT = 1 << 16
+MAX_CONDITIONS = (1 << 15) - 1
 HOST_BUFFERS = 3
 """vLLM prepares a step while the one before runs, so a buffer may still be on its way when the next is filled."""
 MAX_RANKED = 128
@@ -53,17 +58,18 @@ class StepTable:
 
     Edits come in groups, in the engine those of one request, that share no token. Edits are sorted by (group, site that
     is written), their reads by (group, site that is read), and each order has one offset for each (group, site): a
-    program finds what its token needs in two loads and leaves where that is nothing.
+    program finds what its token needs in two loads and leaves where that is nothing. Conditions of gates, which write
+    nothing, come first in their group, at a site before all others.
 
     Buffers have room for what `room` says. Where a forward needs more they grow, by doubling, and are kept. While they
     do not, a CUDA graph may hold them: what launches depend on beside the buffers is in `any_launch`.
 
     bank: [capacity, d_model], the rows, read in place. encoders: those that edits number.
-    token_group: [tokens] int32, -1 where no edit acts. first_write, first_read: [groups * sites + 1] int32.
+    token_group: [tokens] int32, -1 where no edit acts. first_write, first_read: [groups * group_offsets + 1] int32.
     records: [edits * WORDS] int32.
     coefficients: [tokens * edits of a group] float32, what each edit multiplies its row by; reads leave them for
-        writes. pre_acts, survival: likewise, of edits that go through an encoder: the pre-activation there, and what
-        the activation is multiplied by, 0 where the feature does not survive.
+        writes. Of a condition, 1 where it holds. pre_acts, survival: likewise, of edits that go through an encoder: the
+        pre-activation there, and what the activation is multiplied by, 0 where the feature does not survive.
     edited: [sites] int32, the tokens edited at each site since the table was made, counted where it happens.
     """
 
@@ -73,6 +79,8 @@ class StepTable:
         self.bank = bank
         self.encoders = encoders
         self.n_sites = n_sites
+        self.group_offsets = n_sites + 1
+        """Of a group in each order. first_write begins with its conditions; first_read has one to spare."""
         self.edited = torch.zeros(n_sites, dtype=torch.int32, device=bank.device)
         written = room.tokens * room.edits_a_group
         self.coefficients, self.pre_acts, self.survival = (
@@ -101,13 +109,17 @@ class StepTable:
     def fill(self, edits: SiteEdits, site: IntArray, group: IntArray) -> None:
         """Hold `edits`, at least one, each on at least one token.
 
-        site [E]: where each is written. group [E]: whose each is, numbered from 0 in the order of their tokens, each
-        number used; the spans from the first to the last token of two groups do not overlap.
+        site [E]: where each is written; a condition, where it is read. group [E]: whose each is, numbered from 0 in the
+        order of their tokens, each number used; the spans from the first to the last token of two groups do not
+        overlap.
+        Raises ValueError for more conditions than a record can name.
         """
         # What neither reads nor is scaled depends on no stream, so it is known where it is written.
         local = (edits.source < 0) | ((edits.read < 0) & (edits.norm == TokenNorm.NONE))
         source = np.where(local, site, edits.source)
-        order = np.lexsort((site, group))
+        site = np.where(edits.write < 0, -1, site)
+        # Conditions of one gate lie together.
+        order = np.lexsort((edits.gate, site, group))
         edits, site, group, source = edits.take(order), site[order], group[order], source[order]
         by_read = np.lexsort((source, group))
         n_tokens, n_groups = int(edits.stop.max()), int(group[-1]) + 1
@@ -128,15 +140,16 @@ class StepTable:
         labels = np.stack([np.full(n_groups, -1), np.arange(n_groups)], axis=1).ravel()
         token_group[:n_tokens] = np.repeat(labels, np.diff(edges, prepend=0))
         token_group[n_tokens:] = -1
-        n_offsets = n_groups * self.n_sites
-        first_write[: n_offsets + 1] = _offsets(group * self.n_sites + site, n_offsets)
-        first_read[: n_offsets + 1] = _offsets((group * self.n_sites + source)[by_read], n_offsets)
+        n_offsets, of_group = n_groups * self.group_offsets, group * self.group_offsets
+        first_write[: n_offsets + 1] = _offsets(of_group + site + 1, n_offsets)
+        first_read[: n_offsets + 1] = _offsets((of_group + source)[by_read], n_offsets)
         used_records = records[: len(edits) * WORDS].reshape(len(edits), WORDS)
         for word, name in enumerate(INTEGERS):
             used_records[:, word] = getattr(edits, name)
         for word, name in enumerate(FLOATS, len(INTEGERS)):
             used_records[:, word] = getattr(edits, name).astype(np.float32).view(np.int32)
         used_records[:, READ_ORDER] = by_read
+        used_records[:, GATE] = _gate_words(edits, group)
         self._copy(self._starts[3] + len(edits) * WORDS)
 
     def clear(self) -> None:
@@ -192,7 +205,7 @@ class StepTable:
     def _allocate(self, sizes: tuple[int, ...]) -> None:
         """sizes: tokens, groups and edits to make room for."""
         tokens, groups, edits = self._sizes = sizes
-        offsets = groups * self.n_sites + 1
+        offsets = groups * self.group_offsets + 1
         # Each part begins on a line: Triton compiles a kernel for pointers that do and another for those that do not.
         lines = [-(-words // WORDS) for words in (tokens, offsets, offsets, edits * WORDS)]
         self._starts = (np.cumsum([0, *lines]) * WORDS).tolist()
@@ -228,3 +241,18 @@ class StepTable:
 def _offsets(keys: IntArray, n: int) -> IntArray:
     """[n + 1] where each of the keys 0 to n - 1 begins among sorted `keys`."""
     return np.searchsorted(keys, np.arange(n + 1))
+
+
+def _gate_words(edits: SiteEdits, group: IntArray) -> IntArray:
+    """[E] the words that say where the conditions of each edit's gate are; edits as they lie in a table."""
+    words = np.zeros(len(edits), dtype=np.int64)
+    conditions = np.flatnonzero(edits.write < 0)
+    gated = np.flatnonzero((edits.write >= 0) & (edits.gate >= 0))
+    if len(gated):
+        gates, first, count = np.unique(edits.gate[conditions], return_index=True, return_counts=True)
+        gate = np.searchsorted(gates, edits.gate[gated])
+        place = conditions[first[gate]] - np.searchsorted(group, group[gated])
+        if place.max() >= GATE_COUNT or count.max() > MAX_CONDITIONS:
+            raise ValueError(f"a gate has {count.max()} conditions; a record names {MAX_CONDITIONS} of {GATE_COUNT}")
+        words[gated] = place + count[gate] * GATE_COUNT
+    return words

@@ -1,8 +1,9 @@
 """apply_edits on a GPU: one launch a site, whose programs find their tokens' edits in a `StepTable`.
 
 A program reads first: the coefficient s * (g(f) - f) of every edit that reads at this site goes to the table's
-coefficients. Then it writes: the rows of the edits that write at this site, times the coefficients that were left here
-or at an earlier site, are added to `hidden`. A program whose tokens have nothing to do returns after two loads.
+coefficients, and of every condition, whether it holds. Then it writes: the rows of the edits that write at this site,
+times the coefficients that were left here or at an earlier site, are added to `hidden`, but for edits of which a
+condition does not hold. A program whose tokens have nothing to do returns after two loads.
 
 There are two forms of the same code. In the row form a program has one token. In the grouped form it has a block of
 consecutive tokens of one request, which share their edits: a row of the bank is then read once for all of them, and
@@ -21,6 +22,8 @@ from steer_kernels.apply_edits.membership import rank
 from steer_kernels.apply_edits.record_words import (
     ENCODER,
     FLOATS,
+    GATE,
+    GATE_COUNT,
     NORM,
     PRESERVE_NORM,
     READ,
@@ -95,7 +98,7 @@ def _delta(
 
 
 # What changes from step to step must not compile another kernel in the middle of serving.
-@triton.jit(do_not_specialize=["site", "n_sites", "n_tokens", "coefficient_stride"])
+@triton.jit(do_not_specialize=["site", "group_offsets", "n_tokens", "coefficient_stride"])
 def _apply_edits(
     hidden_ptr,
     residual_ptr,
@@ -109,7 +112,7 @@ def _apply_edits(
     survival_ptr,
     edited_ptr,
     site,
-    n_sites,
+    group_offsets,
     n_tokens,
     d_model,
     hidden_stride,
@@ -137,10 +140,10 @@ def _apply_edits(
     group = tl.load(group_ptr + tl.program_id(0) * TOKENS)
     if group < 0:
         return
-    first_write = first_write_ptr + group * n_sites
-    first_read = first_read_ptr + group * n_sites + site
+    first_write = first_write_ptr + group * group_offsets
+    first_read = first_read_ptr + group * group_offsets + site
     base = tl.load(first_write)
-    begin, end = tl.load(first_write + site), tl.load(first_write + site + 1)
+    begin, end = tl.load(first_write + site + 1), tl.load(first_write + site + 2)
     read_begin, read_end = tl.load(first_read), tl.load(first_read + 1)
     if (begin == end) & (read_begin == read_end):
         return
@@ -159,6 +162,7 @@ def _apply_edits(
         start = tl.load(record + START, mask=exists, other=0)
         stop = tl.load(record + STOP, mask=exists, other=0)
         read = tl.load(record + READ, mask=exists, other=-1)
+        is_condition = tl.load(record + WRITE, mask=exists, other=0) < 0
         norm = tl.load(record + NORM, mask=exists, other=0)
         acts = (tokens[:, None] >= start[None, :]) & (tokens[:, None] < stop[None, :])
         reads = read >= 0
@@ -222,7 +226,9 @@ def _apply_edits(
         if HAS_RANKED:
             f *= tl.load(survival_ptr + ranked_at, mask=ranked_here, other=1.0)
         g = tl.minimum(tl.maximum(scale[None, :] * f + shift[None, :], low[None, :]), high[None, :])
-        coefficient = tl.where(acts, write_scale * (g - f), 0.0)
+        holds = (f > low[None, :]) == (scale >= 0.0)[None, :]
+        coefficient = tl.where(is_condition[None, :], holds.to(tl.float32), write_scale * (g - f))
+        coefficient = tl.where(acts, coefficient, 0.0)
         tl.store(coefficient_rows + (edit - base)[None, :], coefficient, mask=exists[None, :])
     if begin == end:
         return
@@ -239,6 +245,20 @@ def _apply_edits(
         keep = tl.load(record + PRESERVE_NORM, mask=edit < end, other=0)
         acts = ((tokens[:, None] >= start[None, :]) & (tokens[:, None] < stop[None, :])).to(tl.int32)
         acting = tl.maximum(acting, tl.max(acts, axis=1))
+        gate = tl.load(record + GATE, mask=edit < end, other=0)
+        n_conditions = gate // GATE_COUNT
+        most = tl.max(n_conditions, axis=0)
+        if most > 0:
+            is_open = tl.full([TOKENS, EDITS], 1.0, dtype=tl.float32)
+            for i in range(most):
+                at = coefficient_rows + (gate % GATE_COUNT + i)[None, :]
+                is_open *= tl.load(at, mask=(i < n_conditions)[None, :], other=1.0)
+            at = coefficient_rows + (edit - base)[None, :]
+            coefficient = tl.load(at, mask=(edit < end)[None, :], other=0.0)
+            # Not a product: what is closed is 0 whatever it would have been.
+            tl.store(at, tl.where(is_open > 0.0, coefficient, 0.0), mask=(n_conditions > 0)[None, :])
+            acts = tl.where(is_open > 0.0, acts, 0)
+            tl.debug_barrier()
         keeps = tl.maximum(keeps, tl.max(acts * keep[None, :], axis=1))
     factor = tl.full([TOKENS], 1.0, dtype=tl.float32)
     keeps_any = tl.max(keeps, axis=0) > 0
@@ -306,7 +326,7 @@ def apply_table(hidden: torch.Tensor, residual: torch.Tensor | None, table: Step
     other = hidden if residual is None else residual
     operands = (
         hidden, other, table.bank, table.token_group, table.first_write, table.first_read, table.records,
-        table.coefficients, table.pre_acts, table.survival, table.edited, site, table.n_sites, n_tokens, d_model,
+        table.coefficients, table.pre_acts, table.survival, table.edited, site, table.group_offsets, n_tokens, d_model,
         hidden.stride(0), other.stride(0), table.bank.stride(0), table.stride, stream_limit(hidden.dtype),
     )  # fmt: skip
     rank(hidden, residual, table, site)

@@ -66,9 +66,11 @@ def _update_from_output(original: Any, self: Any, scheduler_output: Any, model_r
     for request_id, span in report.spans.items():
         request = reported[request_id]
         if request is not None:
-            spans, missing = request.__dict__.setdefault("_steering_reports", ([], []))
+            spans, missing, gates = request.__dict__.setdefault("_steering_reports", ([], [], []))
             spans.append(_without_rejected(span, request_id, scheduler_output, model_runner_output))
             missing.extend(report.missing_sites)
+            if request_id in report.gates:
+                gates.append(report.gates[request_id])
     outputs = original(self, scheduler_output, model_runner_output)
     for client_outputs in outputs.values():
         for output in client_outputs.outputs:

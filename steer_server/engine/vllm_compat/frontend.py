@@ -100,11 +100,11 @@ def _process_outputs(original: Any, self: Any, engine_core_outputs: Any, *args: 
     for output in engine_core_outputs:
         carried = output.kv_transfer_params
         if carried is not None and TAG in carried:
-            spans, missing = carried.pop(TAG)
+            spans, missing, gates = carried.pop(TAG)
             output.kv_transfer_params = carried or None
             state = self.request_states.get(output.request_id)
             if state is not None:
-                state.steering.add_report(spans, missing)
+                state.steering.add_report(spans, missing, gates)
     processed = original(self, engine_core_outputs, *args, **kwargs)
     # Only now: a failed request that vLLM has not taken leave of would keep the next call waiting.
     failures = self.__dict__.pop("_steering_failures", None)

@@ -96,4 +96,5 @@ def model_facts(vllm_config: Any) -> ModelFacts:
         max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
         max_num_batched_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         frontends=vllm_config.parallel_config._api_process_count,
+        stages=vllm_config.parallel_config.pipeline_parallel_size,
     )
