@@ -68,12 +68,15 @@ class Answer:
         texts = "".join(f"<p style='white-space: pre-wrap'>{html.escape(choice.text)}</p>" for choice in self.choices)
         if self.receipt is None:
             return f"{texts}<small>not steered</small>"
-        applied = "".join(
-            f"<li>{html.escape(entry['source'])}: {html.escape(entry['op'])} on {entry['tokens'] + entry['cached']} "
-            f"tokens at layers {', '.join(map(str, entry['layers']))}</li>"
-            for entry in self.receipt["applied"]
-        )
+        applied = "".join(f"<li>{html.escape(_line(entry))}</li>" for entry in self.receipt["applied"])
         return f"{texts}<small><ul>{applied}</ul></small>"
+
+
+def _line(entry: dict[str, Any]) -> str:
+    """An entry of a receipt, as people read it."""
+    closed = f" and not on {entry['closed']}, where a condition did not hold," if "closed" in entry else ""
+    layers = ", ".join(map(str, entry["layers"]))
+    return f"{entry['source']}: {entry['op']} on {entry['tokens'] + entry['cached']} tokens{closed} at layers {layers}"
 
 
 @dataclass(frozen=True)

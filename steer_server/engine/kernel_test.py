@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from steer_kernels.apply_edits import SiteEdits, StepTable, TableEdits, TokenNorm, TopKEncoder, prepare_edits
+from steer_kernels.apply_edits import Gates, SiteEdits, StepTable, TableEdits, TokenNorm, TopKEncoder, prepare_edits
 from steer_server.engine.self_test import SelfTestError, site_edits
 
 SEED = 22
@@ -45,7 +45,12 @@ def run_kernel_test(
             [
                 every | dict(read=0, write=1, bias=0.1, threshold=0, shift=2, preserve_norm=True),
                 every | dict(read=1, write=2, scale=1.5, norm=TokenNorm.CONSTANT_NORM),
-                every | dict(read=-1, write=3, scale=1, shift=1),
+                every | dict(read=-1, write=3, scale=1, shift=1, gate=0),
+                every | dict(read=-1, write=0, scale=1, shift=100, gate=1),
+                # One gate is open and one is closed, as no rounding changes.
+                every | dict(read=2, write=-1, scale=1, low=0, bias=100, gate=0),
+                every | dict(read=3, write=-1, scale=1, low=0, bias=100, gate=1),
+                every | dict(read=2, write=-1, scale=-1, low=0, bias=100, gate=1),
             ]
         )
         for residual in (None, random(tokens, d_model)):
@@ -97,7 +102,13 @@ def _compare(
     the largest value."""
     (tokens, d_model), dtype, device = hidden.shape, hidden.dtype, hidden.device
     expected, found = hidden.clone(), hidden.clone()
-    prepare_edits(edits, rows, encoders).apply(expected, residual)
+    conditions, acting = edits.take(edits.write < 0), edits.take(edits.write >= 0)
+    gates = None
+    if len(conditions):
+        gates = Gates.of(conditions, np.zeros(len(conditions), dtype=np.int64), rows, encoders)
+        for reads in gates.reads:
+            reads.read(expected, residual)
+    prepare_edits(acting, rows, encoders, gates).apply(expected, residual)
     table = StepTable(rows, 1, encoders)
     none = np.zeros(len(edits), dtype=np.int64)
     table.fill(edits, none, none)

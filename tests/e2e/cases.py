@@ -123,4 +123,41 @@ def all_specs(oracle, tokenizer):
             ]
         },
     }
-    return specs | kind_specs(oracle, tokenizer)
+    return specs | kind_specs(oracle, tokenizer) | conditional_specs(oracle, tokenizer)
+
+
+def half_on(oracle, sae, tokens):
+    """(index, largest activation) of the feature that is on in nearest to half of these tokens."""
+    acts = oracle.saes[sae].encode(oracle.stream(tokens, oracle.saes[sae].sites[0]))[1:]
+    index = int(((acts > 0).double().mean(0) - 0.5).abs().argmin())
+    return index, float(acts[:, index].max())
+
+
+def conditional_specs(oracle, tokenizer):
+    """Conditions on a TopK SAE's feature, on one of an earlier layer, and on two."""
+    tokens = tokenizer(" ".join(PROMPTS))["input_ids"]
+
+    def when(sae, op, part):
+        index, most = half_on(oracle, sae, tokens)
+        return {"feature": {"sae": sae, "index": index}, "op": op, "value": round(part * most, 3)}
+
+    (shipped, _), (other, most) = active_features(oracle, "smollm2-135m/l15", tokens, 2)
+    push = {"data": inline(direction(11, 8.0)), "layers": [16, 20], "strength": 3.0}
+    return {
+        "where a feature of the same SAE is on": {
+            "features": [{"sae": "smollm2-135m/l15", "index": other, "op": "set", "value": round(2 * most, 2)}],
+            "vectors": [push],
+            "when": [when("smollm2-135m/l15", ">", 0.0)],
+        },
+        "where a feature of an earlier layer is off": {
+            "vectors": [push | {"layers": list(range(9, 30)), "strength": 0.5}],
+            "when": [when("test/relu", "<=", 0.0)],
+            "apply": {"phase": "generation"},
+        },
+        "two conditions": {
+            "features": [{"sae": "smollm2-135m/l15", "index": shipped, "op": "scale", "value": -2.0}],
+            "vectors": [push | {"layers": [15, 28]}, push | {"apply": {"phase": "prompt"}}],
+            "when": [when("test/jumprelu", "<", 0.5), when("test/relu", ">=", 0.01)],
+            "apply": {"preserve_norm": True, "skip_first": 2},
+        },
+    }

@@ -56,14 +56,15 @@ def assert_matches_oracle(oracle, output, spec, greedy=True, choice=0):
 
 
 def targeted(spec, entry, prompt_len, length, sae_skip=0):
-    """How many of `length` positions an entry targets, from the definition of `apply`."""
+    """Which of `length` positions an entry targets, from the definition of `apply`."""
     apply = spec.get("apply", {}) | entry.get("apply", {})
     skip = apply.get("skip_first", sae_skip)
     phase = apply.get("phase", "all")
-    return sum(
-        position >= skip and (phase == "all" or (position < prompt_len) == (phase == "prompt"))
+    return [
+        position
         for position in range(length)
-    )
+        if position >= skip and (phase == "all" or (position < prompt_len) == (phase == "prompt"))
+    ]
 
 
 def assert_receipt(oracle, output, spec, cached=None):
@@ -73,12 +74,21 @@ def assert_receipt(oracle, output, spec, cached=None):
     assert len(receipt["applied"]) == len(entries)
     prompt_len = len(output.prompt_token_ids)
     length = prompt_len + len(output.outputs[0].token_ids) - 1
+    held = None
+    if spec.get("when"):
+        oracle.logprobs([*output.prompt_token_ids, *output.outputs[0].token_ids][:length], prompt_len, spec)
+        held = oracle.held
     for line, entry in zip(receipt["applied"], entries, strict=True):
         skip = oracle.saes[entry["sae"]].skip_first if "sae" in entry else 0
         assert line["op"] == entry.get("op", "add")
-        assert line["tokens"] + line["cached"] == targeted(spec, entry, prompt_len, length, skip)
+        positions = targeted(spec, entry, prompt_len, length, skip)
+        assert line["tokens"] + line.get("closed", 0) + line["cached"] == len(positions)
         if cached is not None:
-            assert line["cached"] == targeted(spec, entry, prompt_len, cached, skip)
+            assert line["cached"] == len(targeted(spec, entry, prompt_len, cached, skip))
+        assert ("closed" in line) == (held is not None)
+        if held is not None:
+            computed = positions[line["cached"] :]
+            assert line["tokens"] == int(held[computed].sum())
 
 
 def replays(llm) -> tuple[int, int]:

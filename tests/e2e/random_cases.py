@@ -44,7 +44,30 @@ def random_specs(oracle):
         ]
         made[name] = {"features": entries}
         together.append(entries[0])
-    return made | {"all kinds": {"features": together}}
+    return made | {"all kinds": {"features": together}} | conditional_specs(oracle)
+
+
+def conditional_specs(oracle):
+    """Of features that are on, often but not always."""
+
+    def when(sae, op, part):
+        ((index, most),) = active_features(oracle, sae, prompt(0, 100), 1)
+        return {"feature": {"sae": sae, "index": index}, "op": op, "value": round(part * most, 3)}
+
+    everywhere = {"data": vector(3, 4.0, LAYERS), "layers": list(range(LAYERS))}
+    ((switched, _),) = active_features(oracle, "kind/switch", prompt(0, 100), 1)
+    return {
+        "where a feature is on": {
+            "vectors": [everywhere],
+            "when": [when("kind/layer_norm", ">", 0.0)],
+        },
+        "between two places": {
+            "vectors": [everywhere | {"data": vector(8, 6.0), "layers": [2, 3]}],
+            "features": [{"sae": "kind/switch", "index": switched, "op": "set", "value": 5.0}],
+            "when": [when("kind/attn_out", "<=", 0.1), when("kind/abstopk", "<", 0.5)],
+            "apply": {"preserve_norm": True, "skip_first": 1},
+        },
+    }
 
 
 def start(model, saes, **options):

@@ -31,7 +31,10 @@ SPECS = {
     # Late, as vLLM preempts who came last.
     "generation only": {"vectors": [vector(2, [1, 2])], "apply": {"phase": "generation"}},
     "prompt only": {"vectors": [vector(3, [0])], "apply": {"phase": "prompt"}},
-    "also unsteered": None,
+    "where a feature is on": {
+        "vectors": [vector(5, [1, 2])],
+        "when": [{"feature": {"sae": "topk", "index": 48}, "op": ">", "value": 0.2}],
+    },
 }
 
 

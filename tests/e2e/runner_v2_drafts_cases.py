@@ -11,7 +11,7 @@ from tests.e2e.test_speculative import LATE, drafting
 @pytest.fixture(scope="module")
 def few_specs(random_specs):
     """An interpreted kernel takes a thousand times as long as a compiled one."""
-    names = ("every layer", "generation", "kind/layer_norm")
+    names = ("every layer", "generation", "kind/layer_norm", "where a feature is on")
     return {name: random_specs[name] for name in names} | {"late": LATE}
 
 

@@ -71,6 +71,7 @@ def test_capabilities(server):
         "test/jumprelu": ("jumprelu", 15),
     }
     assert described["features"]["ops"] == ["set", "add", "min", "max", "scale", "ablate"]
+    assert described["when"] == {"ops": [">", ">=", "<", "<="], "scopes": ["token"]}
     assert described["limits"]["max_edits"] == 32
     assert described["limits"]["rows"] == 32 * 32 * 2
     assert described["self_test"] == {"workers": 1, "layers": list(range(30)), "passed": True}
@@ -81,6 +82,20 @@ def test_chat(server):
     assert plain.choices[0].message.content != steered.choices[0].message.content
     assert "steering" not in plain.model_extra
     assert_accounts_for(steered.steering, steered.usage.prompt_tokens + steered.usage.completion_tokens - 1)
+
+
+def test_a_condition_and_its_opposite_share_the_tokens(server):
+    """The feature is read at layer 15 and what it decides about is behind it, so both find the same of the prompt."""
+    asked = {"vectors": [ADD["vectors"][0] | {"layers": [20]}]}
+    feature = {"sae": SAE, "index": 4290}
+    lines = {}
+    for op in (">", "<="):
+        answer = chat(server, asked | {"when": [{"feature": feature, "op": op, "value": 0.0}]}, max_tokens=1)
+        (lines[op],) = answer.steering["applied"]
+        tokens = lines[op]["tokens"] + lines[op]["closed"] + lines[op]["cached"]
+        assert tokens == answer.usage.prompt_tokens
+    assert lines[">"]["tokens"] == lines["<="]["closed"]
+    assert 0 < lines[">"]["tokens"] < answer.usage.prompt_tokens
 
 
 def test_the_fingerprint_is_in_a_header(server):
@@ -216,6 +231,12 @@ REFUSED = [
     ),
     ({"steering": {"vectors": [ADD["vectors"][0] | {"layers": [30]}]}}, 400, "steering.vectors[0].layers[0]", "0-29"),
     ({"steering": {"vectors": [ADD["vectors"][0]] * 33}}, 400, "steering.vectors[32]", "takes 32"),
+    (
+        {"steering": ADD | {"when": [{"feature": {"sae": SAE, "index": 1}, "op": ">", "value": 0.0}]}},
+        400,
+        "steering.when[0].feature",
+        "read at blocks.15.hook_resid_post",
+    ),
     ({"vllm_xargs": {"steering": "{"}}, 400, "vllm_xargs.steering", "must be a JSON object"),
     ({"vllm_xargs": {"steering": 3}}, 400, "vllm_xargs.steering", "must be a JSON string"),
     ({"vllm_xargs": {"steering": '{"a": 1}'}}, 400, "vllm_xargs.steering.a", "not a known key"),

@@ -92,7 +92,7 @@ def test_mixed_batches_match_the_oracle(pressed, oracle, specs, tokenizer):
 def test_chunked_prompts_and_preemption_match_the_oracle(pressed, oracle, specs, tokenizer):
     """Prompts of two blocks that outgrow them: chunks of 48 tokens, then preemption and recomputation."""
     names = ["smollm2-135m/l15 set", "test/jumprelu min", "add", "generation only", "prompt only", "preserve_norm",
-             "eight features and a vector", "cap", "all kinds together"]  # fmt: skip
+             "eight features and a vector", "cap", "all kinds together", "two conditions"]  # fmt: skip
     listed = [(name, specs[name], long_prompt(tokenizer, 225 + 3 * i, i)) for i, name in enumerate(names)]
     listed.append(("unsteered", None, long_prompt(tokenizer, 230, 5)))
     before = preemptions(pressed)
@@ -130,6 +130,8 @@ def test_prefix_cache_in_all_directions(pressed, oracle, specs, tokenizer):
         (one, 2 * BLOCK),
         (specs["generation only"], 2 * BLOCK),
         (specs["prompt only"] | {"vectors": specs["add"]["vectors"]}, 2 * BLOCK),
+        (specs["add"] | {"when": specs["two conditions"]["when"][1:]}, 0),
+        (specs["add"] | {"when": specs["two conditions"]["when"][1:]}, 2 * BLOCK),
     ]
     for step, (spec, hits) in enumerate(expected_hits):
         (output,) = engines.generate(pressed, [prompt], [engines.params(spec, max_tokens=16)])

@@ -120,7 +120,11 @@ def test_pipeline_parallel(random_model, random_saes, random_oracle, random_spec
         assert {site.split(".")[1] for site in first} == {"0", "1"}
         assert llm.collective_rpc(graphs_are_chosen_by_whom_it_steers) == [True, True]
         assert {site.split(".")[1] for site in last} == {"2", "3"}
-        compare_all(llm, random_oracle, random_specs)
+        compare_all(llm, random_oracle, {name: spec for name, spec in random_specs.items() if "when" not in spec})
+        with pytest.raises(
+            ValueError, match=r"when\[0\]: conditions are not supported on a server with pipeline stages"
+        ):
+            engines.generate(llm, [prompt(1)], [engines.params(random_specs["where a feature is on"])])
         spec = random_specs["every layer"]
         for layer in range(LAYERS):
             site = f"blocks.{layer}.hook_resid_post"

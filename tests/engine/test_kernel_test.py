@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from steer_kernels.apply_edits import TopKEncoder
+from steer_kernels.apply_edits.step_table import GATE, WORDS
 from steer_server.engine.kernel_test import run_kernel_test
 from steer_server.engine.self_test import SelfTestError
 from tests.kernels.conftest import INTERPRETED
@@ -43,7 +44,7 @@ def test_it_ranks_a_feature_of_each_encoder(dtype, monkeypatch):
         run_kernel_test(48, dtype, DEVICE, encoders[:1])
 
 
-@pytest.mark.parametrize("wrong", ["does nothing", "leaves out the last token", "is a little off"])
+@pytest.mark.parametrize("wrong", ["does nothing", "leaves out the last token", "is a little off", "has no gates"])
 def test_it_fails_where_the_kernel_is_wrong(wrong, monkeypatch):
     from steer_kernels.apply_edits import triton_kernel
 
@@ -52,6 +53,8 @@ def test_it_fails_where_the_kernel_is_wrong(wrong, monkeypatch):
     def apply_table(hidden, residual, table, site):
         if wrong == "leaves out the last token":
             table.token_group[len(hidden) - 1] = -1
+        if wrong == "has no gates":
+            table.records.view(-1, WORDS)[:, GATE] = 0
         if wrong != "does nothing":
             right(hidden, residual, table, site)
         if wrong == "is a little off":

@@ -28,6 +28,8 @@ class Oracle:
     def __init__(self, model_dir, saes=None):
         self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
         self.saes = {name: OracleSAE(folder) for name, folder in (saes or {}).items()}
+        self.held = None
+        """[tokens] where all conditions held, in the last run that had any."""
 
     @torch.inference_mode()
     def logprobs(self, tokens, prompt_len, spec=None):
@@ -68,7 +70,8 @@ class Oracle:
                 site = f"blocks.{layer}.hook_resid_post"
                 edits.setdefault(site, []).append((entry, self._mask(entry, spec, length, prompt_len), site))
         incoming = {}
-        sites = {site for written, rows in edits.items() for site in (written, *(read for _, _, read in rows))}
+        asked = {self.saes[condition["feature"]["sae"]].sites[0] for condition in spec.get("when", [])}
+        sites = asked | {site for written, rows in edits.items() for site in (written, *(read for _, _, read in rows))}
 
         def edit_at(site):
             def edit(stream):
@@ -79,8 +82,20 @@ class Oracle:
 
         return [hook(self.model, site, edit_at(site)) for site in sites]
 
+    def _held(self, incoming, spec):
+        held = torch.ones(len(next(iter(incoming.values()))), dtype=torch.bool)
+        compare = {">": torch.gt, ">=": torch.ge, "<": torch.lt, "<=": torch.le}
+        for condition in spec["when"]:
+            sae = self.saes[condition["feature"]["sae"]]
+            f = sae.encode(incoming[sae.sites[0]])[:, condition["feature"]["index"]]
+            held &= compare[condition["op"]](f, condition["value"])
+        return held
+
     def _edited(self, h, site, rows, incoming, spec):
         delta = torch.zeros_like(h)
+        if spec.get("when"):
+            self.held = self._held(incoming, spec)
+            rows = [(entry, mask & self.held, read) for entry, mask, read in rows]
         for entry, mask, read in rows:
             if "sae" in entry:
                 change = self._feature_delta(entry, incoming[read])
