@@ -74,9 +74,13 @@ class Answer:
 
 def _line(entry: dict[str, Any]) -> str:
     """An entry of a receipt, as people read it."""
-    closed = f" and not on {entry['closed']}, where a condition did not hold," if "closed" in entry else ""
     layers = ", ".join(map(str, entry["layers"]))
-    return f"{entry['source']}: {entry['op']} on {entry['tokens'] + entry['cached']} tokens{closed} at layers {layers}"
+    if "closed" not in entry:
+        return f"{entry['source']}: {entry['op']} on {entry['tokens'] + entry['cached']} tokens at layers {layers}"
+    # On which of the cached ones the conditions held was said when they were computed.
+    cached = f", {entry['cached']} cached," if entry["cached"] else ""
+    closed = f"{entry['closed']} where a condition did not hold"
+    return f"{entry['source']}: {entry['op']} on {entry['tokens']} tokens, not on {closed}{cached} at layers {layers}"
 
 
 @dataclass(frozen=True)

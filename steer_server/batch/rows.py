@@ -50,7 +50,7 @@ class Result:
 
     line: the result line, with its newline. failure: what kind of failure it was, None where it was answered.
     prompt_tokens, completion_tokens: as the answer counts them. steered_tokens: tokens that the receipt's entry with
-    most of them was applied to, computed or from the prefix cache.
+    most of them was applied to, computed or from the prefix cache; of an entry with conditions, computed alone.
     """
 
     number: int
@@ -105,6 +105,12 @@ class _Usage(msgspec.Struct):
 class _Applied(msgspec.Struct):
     tokens: int = 0
     cached: int = 0
+    closed: int | None = None
+
+    @property
+    def steered(self) -> int:
+        """Tokens known to be edited: of cached ones nobody knows where conditions decide."""
+        return self.tokens + (self.cached if self.closed is None else 0)
 
 
 class _Receipt(msgspec.Struct):
@@ -241,7 +247,7 @@ def answered_result(job: str, row: Request, answer: Answer) -> Result:
         None,
         usage.prompt_tokens or usage.input_tokens,
         usage.completion_tokens or usage.output_tokens,
-        max((entry.tokens + entry.cached for entry in applied), default=0),
+        max((entry.steered for entry in applied), default=0),
     )
 
 

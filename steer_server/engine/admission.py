@@ -52,7 +52,7 @@ class AdmittedSteering:
         return Sequence(self, prompt_len)
 
     def finish_sequence(self, applied: list[TokenCounts]) -> None:
-        for total, counts in zip(self._counts, applied, strict=False):
+        for total, counts in zip(self._counts, applied, strict=True):
             total.add(counts)
         self._running -= 1
         if self._running == 0 and self._lease is not None:
@@ -98,11 +98,12 @@ class Sequence:
         length = self._computed.end if aborted else self._prompt_len + max(num_output_tokens, 1) - 1
         applied: list[TokenCounts] = []
         unsaid: ValueError | None = None
-        try:
-            for entry in self.admitted.entries:
+        for entry in self.admitted.entries:
+            try:
                 applied.append(applied_tokens(entry.target, self._prompt_len, length, self._computed, self._gate))
-        except ValueError as error:
-            unsaid = error
+            except ValueError as error:
+                applied.append(TokenCounts())
+                unsaid = error
         self.admitted.finish_sequence(applied)
         if aborted:
             return

@@ -6,76 +6,81 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from steer_kernels.apply_edits import Gates, SiteEdits, StepTable
+from steer_kernels.apply_edits.edits import IntArray
 from steer_server.plan import CLOSED, OPEN
 
 
 @dataclass(frozen=True)
 class GatedTokens:
-    """Tokens of one request that go through its gate in a forward.
+    """The tokens of a forward that go through gates, request by request, as parallel arrays.
 
-    position: of the first of them in its sequence. start, stop: where they are in the batch. gate: its number.
-    conditions: how many it has.
+    start, stop: where a request's are in the batch. gate: its number. conditions: how many it has.
     """
 
-    request_id: str
-    position: int
-    start: int
-    stop: int
-    gate: int
-    conditions: int
+    request_ids: list[str]
+    start: IntArray
+    stop: IntArray
+    gate: IntArray
+    conditions: IntArray
 
-
-def gated_tokens(conditions: SiteEdits, offset: npt.NDArray[np.int64], request_ids: Sequence[str]) -> list[GatedTokens]:
-    """conditions: of a forward, their gates numbered as the requests are. offset: of each request's tokens in the batch
-    from their positions."""
-    gates, index, counts = np.unique(conditions.gate, return_index=True, return_counts=True)
-    spans = zip(gates.tolist(), conditions.start[index].tolist(), conditions.stop[index].tolist(), strict=True)
-    return [
-        GatedTokens(request_ids[gate], start - int(offset[gate]), start, stop, gate, n)
-        for (gate, start, stop), n in zip(spans, counts.tolist(), strict=True)
-    ]
+    @staticmethod
+    def of(conditions: SiteEdits, request_ids: Sequence[str]) -> GatedTokens:
+        """conditions: those of the forward, their gates numbered as the requests are."""
+        gate, index, count = np.unique(conditions.gate, return_index=True, return_counts=True)
+        ids = [request_ids[i] for i in gate.tolist()]
+        return GatedTokens(ids, conditions.start[index], conditions.stop[index], gate, count)
 
 
 @dataclass(frozen=True)
 class FoundGates:
     """holds: [tokens, conditions] float32 on the host, not 0 where a condition holds, once `arrived`; None where it is
-    there. rows: by request, which part of it is theirs, and the position of the first.
+    there. first, end: by request, which rows are its tokens'; conditions: how many columns are its own. position: that
+    of its first token in its sequence.
     """
 
     holds: torch.Tensor
     arrived: torch.cuda.Event | None
-    rows: dict[str, tuple[int, slice, slice]]
+    request_ids: list[str]
+    position: IntArray
+    first: IntArray
+    end: IntArray
+    conditions: IntArray
 
     @staticmethod
-    def in_table(table: StepTable, tokens: list[GatedTokens]) -> FoundGates:
+    def in_table(table: StepTable, tokens: GatedTokens, position: IntArray) -> FoundGates:
         """Of the forward that was launched last with `table`. Conditions come first in the group of a request."""
-        columns, end = max(t.conditions for t in tokens), max(t.stop for t in tokens)
+        columns, end = int(tokens.conditions.max()), int(tokens.stop.max())
         found = table.coefficients[: end * table.stride].view(end, table.stride)[:, :columns]
-        rows = {t.request_id: (t.position, slice(t.start, t.stop), slice(0, t.conditions)) for t in tokens}
-        return FoundGates(*_to_host(found), rows)
+        rows = (tokens.start, tokens.stop, tokens.conditions)
+        return FoundGates(*_to_host(found), tokens.request_ids, position, *rows)
 
     @staticmethod
-    def in_torch(gates: Gates, tokens: list[GatedTokens]) -> FoundGates:
+    def in_torch(gates: Gates, tokens: GatedTokens, position: IntArray) -> FoundGates:
         """Of the forward that the torch path edited last."""
-        first = {t.request_id: int(gates.closed.first[t.gate]) for t in tokens}
-        rows = {
-            t.request_id: (t.position, slice(first[t.request_id] + t.start, first[t.request_id] + t.stop), slice(0, 1))
-            for t in tokens
-        }
-        return FoundGates(*_to_host((gates.closed.failing == 0).float().unsqueeze(1)), rows)
+        found = (gates.closed.failing == 0).float().unsqueeze(1)
+        first = gates.closed.first[tokens.gate]
+        rows = (first + tokens.start, first + tokens.stop, np.ones_like(first))
+        return FoundGates(*_to_host(found), tokens.request_ids, position, *rows)
 
     def said(self) -> dict[str, tuple[int, bytes]]:
         """By request: (first position, OPEN or CLOSED for it and those behind it). Waits for the forward."""
         if self.arrived is not None:
             self.arrived.synchronize()
         holds = self.holds.numpy() != 0
+        # Nearly always all requests have as many conditions.
+        said = {
+            n: np.where(holds[:, :n].all(axis=1), OPEN, CLOSED).astype(np.uint8).tobytes()
+            for n in np.unique(self.conditions).tolist()
+        }
+        rows = zip(self.first.tolist(), self.end.tolist(), self.conditions.tolist(), strict=True)
         return {
-            request_id: (position, np.where(holds[tokens, columns].all(1), OPEN, CLOSED).astype(np.uint8).tobytes())
-            for request_id, (position, tokens, columns) in self.rows.items()
+            request_id: (position, said[n][first:end])
+            for request_id, position, (first, end, n) in zip(
+                self.request_ids, self.position.tolist(), rows, strict=True
+            )
         }
 
 

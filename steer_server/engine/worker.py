@@ -30,7 +30,7 @@ from steer_server.catalog import open_catalog
 from steer_server.engine.batch_edits import BatchEdits
 from steer_server.engine.config import ConfigError, SteeringConfig
 from steer_server.engine.encoders import Encoders
-from steer_server.engine.found_gates import FoundGates, GatedTokens, gated_tokens
+from steer_server.engine.found_gates import FoundGates, GatedTokens
 from steer_server.engine.row_bank import Row, RowBank
 from steer_server.engine.whole_forwards import (
     Graphs,
@@ -56,12 +56,12 @@ class StepReport:
     missing_sites: list[str]
     gates: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     replayed: ReplayedForward | None = None
-    found: tuple[FoundGates, ...] = ()
+    found: FoundGates | None = None
 
     def settled(self) -> StepReport:
         """With all missing sites and all gates, whatever runs on the device. Waits for the forward."""
         missing = [] if self.replayed is None else self.replayed.missing_sites()
-        gates = {request_id: said for found in self.found for request_id, said in found.said().items()}
+        gates = {} if self.found is None else self.found.said()
         return StepReport(self.spans, [*self.missing_sites, *missing], self.gates | gates)
 
 
@@ -123,12 +123,12 @@ class WorkerSteering:
         self._table_key: tuple[bytes, ...] | None = None
         self._active: list[int] = []
         """Sites that edit in the forward at hand."""
-        self._gated: list[GatedTokens] = []
+        self._gated: GatedTokens | None = None
         """Whose edits depend on conditions in the forward at hand."""
-        self._gates: Gates | None = None
-        """The conditions that the torch path reads."""
-        self._gate_table: StepTable | None = None
-        """The table that has the others."""
+        self._gates: Gates | StepTable | None = None
+        """Those conditions: what the torch path reads, or the table that has them."""
+        self._offset = np.zeros(0, dtype=np.int64)
+        """Of the tokens of each steered request in the batch, from their positions in its sequence."""
         self._touched: set[int] = set()
         """Those, and the sites that they read."""
         self._edited = np.zeros(len(config.sites), dtype=np.int64)
@@ -275,15 +275,16 @@ class WorkerSteering:
         else:
             assert self.table is not None
             replayed = ReplayedForward.behind(self.table, self.config.sites, self._edited, self._count_before)
-        self._report = StepReport(self._spans, missing, replayed=replayed, found=tuple(self._found_gates()))
+        self._report = StepReport(self._spans, missing, replayed=replayed, found=self._found_gates())
 
-    def _found_gates(self) -> Iterator[FoundGates]:
-        in_torch = frozenset[int]() if self._gates is None else self._gates.numbers
-        here = [tokens for tokens in self._gated if tokens.gate in in_torch]
-        if self._gates is not None:
-            yield FoundGates.in_torch(self._gates, here)
-        if self._gate_table is not None:
-            yield FoundGates.in_table(self._gate_table, [t for t in self._gated if t.gate not in in_torch])
+    def _found_gates(self) -> FoundGates | None:
+        if self._gated is None:
+            return None
+        position = self._gated.start - self._offset[self._gated.gate]
+        if isinstance(self._gates, Gates):
+            return FoundGates.in_torch(self._gates, self._gated, position)
+        assert self._gates is not None
+        return FoundGates.in_table(self._gates, self._gated, position)
 
     def take_report(self) -> StepReport | None:
         """What the last forward did, once; None where it held no steered request."""
@@ -296,12 +297,12 @@ class WorkerSteering:
         edits = self._edits
         first, end = edits.acting(start, count)
         acting = first < end
-        offset = (token - start)[edits.owner]
+        self._offset = token - start
+        offset = self._offset[edits.owner]
         token_start, token_stop = (first + offset)[acting], (end + offset)[acting]
         key = (acting.tobytes(), token_start.tobytes(), token_stop.tobytes())
         if key == self._table_key:
             # The same edits on the same rows of the batch as in the last step, as in most of decoding.
-            self._gated = [replace(t, position=t.start - int((token - start)[t.gate])) for t in self._gated]
             return
         self._clear_table()
         self._table_key = key
@@ -310,9 +311,12 @@ class WorkerSteering:
         site, owner = (edits.site, edits.owner) if everything else (edits.site[acting], edits.owner[acting])
         rows = replace(rows, start=token_start, stop=token_stop)
         condition = rows.write < 0
-        self._active = np.unique(site[~condition]).tolist()
+        if condition.any():
+            self._gated = GatedTokens.of(rows.take(condition), list(self._batch))
+            self._active = np.unique(site[~condition]).tolist()
+        else:
+            self._active = np.unique(site).tolist()
         self._touched.update(self._active)
-        self._gated = gated_tokens(rows.take(condition), token - start, list(self._batch))
         if self.table is None:
             self._prepare(rows, site)
             return
@@ -330,14 +334,15 @@ class WorkerSteering:
     def _prepare(self, rows: SiteEdits, site: npt.NDArray[np.int64]) -> None:
         """Give `rows`, sorted by the sites of each, to the torch path."""
         condition = rows.write < 0
+        gates = None
         if condition.any():
-            self._gates = Gates.of(rows.take(condition), site[condition], self.bank.rows, self.encoders.held)
-            for conditions in self._gates.reads:
+            self._gates = gates = Gates.of(rows.take(condition), site[condition], self.bank.rows, self.encoders.held)
+            for conditions in gates.reads:
                 self._read_at(conditions.source, conditions)
             rows, site = rows.take(~condition), site[~condition]
         active, begins = np.unique(site, return_index=True)
         for i, begin, end in zip(active.tolist(), begins, np.append(begins, len(site))[1:], strict=True):
-            prepared = prepare_edits(rows.part(begin, end), self.bank.rows, self.encoders.held, self._gates)
+            prepared = prepare_edits(rows.part(begin, end), self.bank.rows, self.encoders.held, gates)
             self.sites[i].edits = prepared
             for reads in prepared.remote:
                 self._read_at(reads.source, reads)
@@ -355,18 +360,25 @@ class WorkerSteering:
         ranked_there = all(set(found) <= set(captured.get(i, ())) for i, found in table.rankings.items())
         self._table_is_captured = table is self.table and ranked_there
         condition = rows.write < 0
+        waits_for = np.zeros((len(self.sites), len(self.sites)), dtype=np.int64)
+        asked_at: set[int] = set()
         if condition.any():
-            self._gate_table = table
-        gates, asked_at = rows.gate[condition], site[condition]
-        rows, site = rows.take(~condition), site[~condition]
+            self._gates = table
+            asked_at = set(site[condition].tolist())
+            reads, writes = np.zeros((2, len(self._batch), len(self.sites)), dtype=np.int64)
+            reads[rows.gate[condition], site[condition]] = 1
+            rows, site = rows.take(~condition), site[~condition]
+            gated = rows.gate >= 0
+            writes[rows.gate[gated], site[gated]] = 1
+            # By the site that is written, at which ones conditions decide about it.
+            waits_for = writes.T @ reads
         self._edited = edited_tokens(rows.start, rows.stop, site, len(self.sites))
         written = set(site.tolist())
         at: dict[int, TableEdits] = {}
         # In the order of a forward: what is read for a site is read before it.
-        for i in sorted(written | set(rows.source[rows.source >= 0].tolist()) | set(asked_at.tolist())):
-            here = site == i
-            sources = set(rows.source[here & (rows.source >= 0)].tolist())
-            sources |= set(asked_at[np.isin(gates, rows.gate[here])].tolist()) - {i}
+        for i in sorted(written | set(rows.source[rows.source >= 0].tolist()) | asked_at):
+            sources = set(rows.source[(site == i) & (rows.source >= 0)].tolist())
+            sources |= set(np.flatnonzero(waits_for[i]).tolist()) - {i}
             at[i] = TableEdits(table, i, [at[source] for source in sorted(sources)])
             if i in written:
                 self.sites[i].edits = at[i]
@@ -390,8 +402,7 @@ class WorkerSteering:
             self.sites[i].edits = None
             self.sites[i].reads = []
         self._active = []
-        self._gated = []
-        self._gates = self._gate_table = None
+        self._gated = self._gates = None
         self._touched = set()
         self._table_key = None
         self._edited = np.zeros(len(self.sites), dtype=np.int64)

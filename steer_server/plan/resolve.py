@@ -88,7 +88,7 @@ def resolve(
         ]
         entries.append(Entry(f"vector {digests[0][:12]}", vector.op, tuple(vector.layers), target))
 
-    when = [_condition(asked, catalog, limits, f"{root}.when[{i}]") for i, asked in enumerate(spec.when)]
+    when = [_condition(asked, catalog, limits, f"{root}.when[{i}]") for i, asked in enumerate(spec.when or ())]
     for i, condition in enumerate(when):
         path = f"{root}.when[{i}]"
         _check_count(len(edits) + i + 1, limits, path)

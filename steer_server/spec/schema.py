@@ -109,5 +109,5 @@ class SteeringSpec(_Strict):
     vectors: Annotated[list[VectorEdit], Field(max_length=MAX_ENTRIES)] = []
     apply: Apply = Apply()
     presets: Any = None
-    when: Annotated[list[Condition], Field(max_length=MAX_ENTRIES)] = []
+    when: Annotated[list[Condition], Field(max_length=MAX_ENTRIES)] | None = None
     readout: Any = None

@@ -92,6 +92,8 @@ def test_an_answer_stands_in_the_line_as_it_came():
     }
     counted = (result.failure, result.prompt_tokens, result.completion_tokens, result.steered_tokens)
     assert counted == (None, 3, 4, 7)
+    conditional = body.replace(b'"cached":2', b'"cached":9,"closed":1')
+    assert answered_result("j", ROW, Answer(200, conditional)).steered_tokens == 5
 
 
 def test_tokens_of_the_responses_api():

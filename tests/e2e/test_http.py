@@ -383,7 +383,9 @@ async def test_concurrent_requests_do_not_disturb_each_other(server):
     assert answers == [alone[i] for i in order]
 
 
-@pytest.mark.parametrize(("language", "code", "printed"), readme.examples(), ids=["curl", "search", "openai"])
+@pytest.mark.parametrize(
+    ("language", "code", "printed"), readme.examples(), ids=["curl", "search", "openai", "conditions"]
+)
 def test_the_readmes_examples_print_what_it_says(server, language, code, printed):
     assert readme.run(language, code, server.url) == printed
 

@@ -111,7 +111,7 @@ def test_shown_in_a_notebook(llm):
     never = [{"feature": {"sae": SAE, "index": 4290}, "op": ">", "value": 1e6}]
     answer = llm.chat(QUESTION, steering=SEA | {"when": never}, **GREEDY)
     closed = answer.receipt["applied"][0]["closed"]
-    assert f"set on 0 tokens and not on {closed}, where a condition did not hold, at" in answer._repr_html_()
+    assert f"set on 0 tokens, not on {closed} where a condition did not hold at" in answer._repr_html_()
     assert answer.text == llm.chat(QUESTION, **GREEDY).text
     assert "not steered" in llm.generate("1 < 2", **GREEDY)._repr_html_()
 

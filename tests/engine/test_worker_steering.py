@@ -219,6 +219,13 @@ SPECS = {
         "when": [{"feature": {"sae": "topk", "index": 3}, "op": "<", "value": 0.1, "scope": "token"}],
         "apply": {"preserve_norm": True, "skip_first": 2},
     },
+    "conditions through token norms": {
+        "vectors": [{"data": VECTOR, "layers": [2, 7], "op": "add", "strength": 1.0}],
+        "when": [
+            {"feature": {"sae": "kind/layer_norm", "index": 4}, "op": "<=", "value": 0.0},
+            {"feature": {"sae": "kind/constant_norm", "index": 6}, "op": ">", "value": 0.0},
+        ],
+    },
     "a condition at the first place": {
         "vectors": [{"data": VECTOR, "layers": [0, 1], "op": "add", "strength": 1.0}],
         "when": [
@@ -296,10 +303,14 @@ def test_whatever_is_scheduled(config, steps, specs, lens):
             first = 0 if preempted else computed[request_id]
             scheduled.append((request_id, first, tokens))
             computed[request_id] = first + tokens
-        report = sim.step(scheduled)
-        steered = {i: (first, first + tokens) for i, first, tokens in scheduled if i != "x"}
-        assert (report.spans if report else {}) == steered
-        assert report is None or report.missing_sites == []
+        # And a token of each, twice: the second time the table may be the first one's.
+        again = [[(i, computed[i] + n, 1) for i, _, _ in scheduled] for n in (0, 1)]
+        computed |= {i: computed[i] + 2 for i, _, _ in scheduled}
+        for forward in (scheduled, *again):
+            report = sim.step(forward)
+            steered = {i: (first, first + tokens) for i, first, tokens in forward if i != "x"}
+            assert (report.spans if report else {}) == steered
+            assert report is None or report.missing_sites == []
     for request_id in "abc":
         sim.worker.remove_request(request_id)
     assert len(sim.worker.bank) == 0

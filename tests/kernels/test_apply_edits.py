@@ -379,6 +379,16 @@ def test_preserve_norm_keeps_the_norm_and_survives_zero(form):
     assert torch.equal(zeroed, torch.zeros(1, 16))
 
 
+def test_preserve_norm_rescales_every_element(form):
+    """Those too whose value before happens to be theirs again."""
+    torch.manual_seed(0)
+    tokens = 40 if INTERPRETED else 512
+    hidden, residual, rows = torch.randn(tokens, 576), torch.randn(tokens, 576), torch.randn(1, 576)
+    edits = build_edits([dict(write=0, shift=0.1, stop=tokens, preserve_norm=True)])
+    out = run(form, hidden, residual, rows, edits)
+    assert torch.allclose(out.double(), apply_edits_reference(hidden, residual, rows, edits), atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_compounding_edits_stay_finite(form, dtype):
     hidden = torch.randn(3, 16).to(dtype)

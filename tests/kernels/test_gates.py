@@ -148,6 +148,20 @@ def test_a_feature_that_is_not_a_number_is_off(form):
         assert (out[:, 1] == 5.0).tolist() == moved
 
 
+@pytest.mark.parametrize("stop", [1, 20], ids=["decode", "prefill"])
+@pytest.mark.parametrize("norm", list(TokenNorm), ids=lambda norm: norm.name)
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_nothing_scales_a_condition(form, value, norm, stop):
+    """Of streams to which a token norm's scale is 0, or is not a number."""
+    streams = {0: torch.full((20, 8), value)}
+    hidden, rows = torch.zeros(20, 8), torch.eye(8)
+    for way, moved in ((ABOVE, False), (NOT_ABOVE, True)):
+        asked = condition(0, 0, 0.5, way, threshold=0.0, stop=stop, norm=int(norm), source=0)
+        edits = build_edits([asked, dict(write=1, shift=5.0, gate=0, stop=stop)])
+        out = run(form, hidden, None, rows, edits, sources=streams)
+        assert (out[:, 1] == 5.0).tolist() == [moved and token < stop for token in range(20)]
+
+
 @pytest.mark.parametrize("tokens", [1, 5, 40])
 @pytest.mark.parametrize("source", [-1, 0])
 def test_topk_membership_decides_gates(form, tokens, source):

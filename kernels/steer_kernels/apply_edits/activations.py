@@ -56,11 +56,16 @@ class Response:
         """Where f is not zero, whatever the other features are."""
         return torch.ones_like(pre, dtype=torch.bool) if self.threshold is None else pre > self.threshold
 
-    def coefficient(self, f: torch.Tensor) -> torch.Tensor:
-        """g(f) - f; of conditions, 1 where they do not hold."""
+    def coefficient(self, f: torch.Tensor, s: torch.Tensor | None) -> torch.Tensor:
+        """s * (g(f) - f), s None for 1; of conditions, which nothing scales, 1 where they do not hold."""
         if self.condition:
             above = torch.ones_like(f, dtype=torch.bool) if self.low is None else f > self.low
             return (above != (self.scale >= 0)).float()
+        coefficient = self._change(f)
+        return coefficient if s is None else coefficient.mul_(s)
+
+    def _change(self, f: torch.Tensor) -> torch.Tensor:
+        """g(f) - f."""
         if self.low is None and self.high is None:
             return torch.addcmul(self.shift, f, self.gain)
         g = torch.addcmul(self.shift, f, self.scale)

@@ -53,10 +53,6 @@ class Gates:
             reads.append(GateReads(int(source), gates, groups_of(part, rows, encoders, closed), closed))
         return Gates(closed, tuple(reads))
 
-    @property
-    def numbers(self) -> frozenset[int]:
-        return frozenset[int]().union(*(reads.gates for reads in self.reads))
-
     def reads_for(self, gates: Collection[int]) -> tuple[GateReads, ...]:
         """What must be read before rows that go through `gates` are written."""
         return tuple(reads for reads in self.reads if not reads.gates.isdisjoint(gates))

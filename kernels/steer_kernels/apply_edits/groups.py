@@ -38,11 +38,12 @@ class Groups:
         found = []
         for pairs in self.reads:
             x, s = scaled(pairs.tokens.stream(hidden, residual), pairs.norm)
-            found.append(pairs.coefficient(pairs.response.activation(pairs.pre_acts(x)), s))
+            found.append(pairs.response.coefficient(pairs.response.activation(pairs.pre_acts(x)), s))
         for group in self.members:
             x, s = scaled(group.distinct.stream(hidden, residual), group.pairs.norm)
             f = group.activations(x)
-            found.append(group.pairs.coefficient(f, None if s is None else s.index_select(0, group.slot)))
+            s = None if s is None else s.index_select(0, group.slot)
+            found.append(group.pairs.response.coefficient(f, s))
         for span in self.spans:
             if span.reads is not None:
                 found.append(span.reads.coefficient(span.stream(hidden, residual)))

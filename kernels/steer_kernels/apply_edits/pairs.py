@@ -58,11 +58,6 @@ class ReadPairs:
     def pre_acts(self, x: torch.Tensor) -> torch.Tensor:
         return torch.linalg.vecdot(x, self.read).add_(self.bias)
 
-    def coefficient(self, f: torch.Tensor, s: torch.Tensor | None) -> torch.Tensor:
-        """What `write` is multiplied by, [P]."""
-        coefficient = self.response.coefficient(f)
-        return coefficient if s is None else coefficient.mul_(s)
-
 
 @dataclass(frozen=True)
 class MemberPairs:

@@ -94,8 +94,7 @@ class SpanReads:
     def coefficient(self, x: torch.Tensor) -> torch.Tensor:
         """What `write` is multiplied by, [tokens, n]; x [tokens, d_model] float32."""
         x, s = scaled(x, self.norm)
-        coefficient = self.response.coefficient(self.activations(x))
-        return coefficient if s is None else coefficient.mul_(s.unsqueeze(-1))
+        return self.response.coefficient(self.activations(x), None if s is None else s.unsqueeze(-1))
 
 
 def _topk(pre_acts: torch.Tensor, k: int, absolute: bool) -> torch.Tensor:

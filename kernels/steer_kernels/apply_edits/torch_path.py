@@ -63,7 +63,7 @@ class KeptNorms:
     """Tokens whose streams keep their norms where one of the rows on them acts.
 
     slot [P]: of each pair of such a row and a token, the token's place among `tokens`. places: of the rows' gates; None
-    where a row without a gate is on each token.
+    where none has one.
     """
 
     tokens: Tokens
@@ -77,20 +77,23 @@ class KeptNorms:
         index = torch.from_numpy(slot.astype(np.int64)).to(device)
         return KeptNorms(Tokens(tokens, device), index, Places.of_pairs(closed, pairs))
 
+    def norms(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """Those of their streams, [tokens]."""
+        return torch.linalg.vector_norm(self.tokens.stream(hidden, residual), dim=-1)
+
     def restore(self, before: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
-        """Rescale the edited stream of `tokens` to the norms of what it was before, [tokens, d_model] float32. What was
-        not edited, or only by rows whose gates are closed, stays as it is to the bit."""
-        stream, kept = self.tokens.stream(hidden, residual), self.tokens.of(hidden)
+        """Rescale their edited streams to the norms that they had before. Tokens on which all such rows' gates are
+        closed stay as they are to the bit."""
+        stream = self.tokens.stream(hidden, residual)
         norm = torch.linalg.vector_norm(stream, dim=-1)
-        ratio = torch.where(norm > 0, torch.linalg.vector_norm(before, dim=-1) / norm, 1.0)
-        scaled = stream * ratio.unsqueeze(-1)
-        unchanged = scaled == before
-        if self.places is not None:
-            acting = torch.zeros_like(norm).index_add_(0, self.slot, (~self.places.closed_ones()).float())
-            unchanged |= (acting == 0).unsqueeze(-1)
+        scaled = stream * torch.where(norm > 0, before / norm, 1.0).unsqueeze(-1)
         if residual is not None:
             scaled.sub_(self.tokens.of(residual).float())
-        self.tokens.assign(hidden, torch.where(unchanged, kept, scaled.to(hidden.dtype)))
+        restored = scaled.to(hidden.dtype)
+        if self.places is not None:
+            acting = torch.zeros_like(norm).index_add_(0, self.slot, (~self.places.closed_ones()).float())
+            restored = torch.where((acting > 0).unsqueeze(-1), restored, self.tokens.of(hidden))
+        self.tokens.assign(hidden, restored)
 
 
 @dataclass(frozen=True)
@@ -212,12 +215,7 @@ def apply_prepared(hidden: torch.Tensor, residual: torch.Tensor | None, edits: P
         return
     # All reads come before any write: several rows may act on one token.
     coefficients = edits.local.coefficients(hidden, residual)
-    before = None
-    if edits.kept_norms is not None:
-        before = edits.kept_norms.tokens.stream(hidden, residual)
-        if residual is None:
-            # It may be a part of `hidden` itself.
-            before = before.clone()
+    norms_before = None if edits.kept_norms is None else edits.kept_norms.norms(hidden, residual)
 
     exact = hidden.dtype == torch.float32
     total = hidden if exact else torch.zeros_like(hidden, dtype=torch.float32)
@@ -232,5 +230,5 @@ def apply_prepared(hidden: torch.Tensor, residual: torch.Tensor | None, edits: P
     elif edits.reads_stream:
         hidden[touched].clamp_(-limit, limit)
 
-    if edits.kept_norms is not None and before is not None:
-        edits.kept_norms.restore(before, hidden, residual)
+    if edits.kept_norms is not None and norms_before is not None:
+        edits.kept_norms.restore(norms_before, hidden, residual)
