@@ -47,6 +47,7 @@ def scenarios(requests: int, tokens: int, many: int) -> list[Scenario]:
         Scenario("every request steered, every layer", requests, tokens, "every layer", 0.97),
         Scenario(f"{requests} configurations, {requests} requests", requests, tokens, "distinct", 0.95),
         Scenario("one SAE feature set (TopK, exact)", requests, tokens, "feature", 0.95),
+        Scenario("where an SAE feature is on, every layer behind it", requests, tokens, "condition", 0.95),
         Scenario(f"{many} configurations, {many} requests", many, few, "distinct", 0.95),
     ]
 
@@ -63,8 +64,13 @@ def steering_for(kind: str | None, request: int, d_model: int, n_layers: int) ->
     seed = request if kind == "distinct" else 0
     vector = np.random.default_rng(seed).standard_normal(d_model).astype(np.float32)
     data = {"dtype": "float32", "shape": [d_model], "data": base64.b64encode(vector.tobytes()).decode()}
-    layers = list(range(n_layers)) if kind == "every layer" else [n_layers // 2]
-    return {"vectors": [{"data": data, "layers": layers, "op": "add", "strength": 0.5}]}
+    sae_layer = 15
+    layers = {"every layer": list(range(n_layers)), "condition": list(range(sae_layer, n_layers))}
+    vector_edit = {"data": data, "layers": layers.get(kind, [n_layers // 2]), "op": "add", "strength": 0.5}
+    if kind != "condition":
+        return {"vectors": [vector_edit]}
+    on = {"feature": {"sae": "smollm2-135m/l15", "index": 2310}, "op": ">", "value": 0.0}
+    return {"vectors": [vector_edit], "when": [on]}
 
 
 def serve_rounds(model: str, eager: bool, max_num_seqs: int) -> None:
