@@ -127,8 +127,11 @@ class SAE:
         return FeatureRows(encoder[0].float(), decoder[0].float(), float(bias[0]), threshold)
 
     def encoder(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(W_enc [d_in, d_sae], b_enc [d_sae]) of the whole SAE, float32, everything folded."""
-        W_enc = torch.empty(self.d_in, self.d_sae)
+        """(W_enc [d_in, d_sae], b_enc [d_sae]) of the whole SAE, float32, everything folded.
+
+        The row of each feature lies together in memory, as kernels read it: W_enc is a view of [d_sae, d_in].
+        """
+        rows = torch.empty(self.d_sae, self.d_in)
         b_enc = torch.empty(self.d_sae)
         for features in self._spans():
             norm = None
@@ -136,8 +139,8 @@ class SAE:
                 _, norm = self._folded_decoder(self.weights.W_dec.block(features.start, features.stop))
             w_enc = self.weights.W_enc.block(features.start, features.stop)
             encoder, bias = self._folded_encoder(features, w_enc, norm)
-            W_enc[:, features], b_enc[features] = encoder.T.float(), bias.float()
-        return W_enc, b_enc
+            rows[features], b_enc[features] = encoder.float(), bias.float()
+        return rows.T, b_enc
 
     def decoder(self) -> torch.Tensor:
         """W_dec [d_sae, d_out] of the whole SAE, float32, everything folded."""

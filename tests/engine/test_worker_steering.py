@@ -416,6 +416,11 @@ def test_device_memory_is_accounted_for(config):
     assert worker.nbytes == 4 * (config.rows * D_MODEL + topk_encoder + others + router) + table
 
 
+def test_encoders_are_held_as_their_kernels_read_them(config):
+    worker = WorkerSteering(config, torch.float32, torch.device("cpu"))
+    assert all(encoder.W_enc.T.is_contiguous() for encoder in worker.encoders.held)
+
+
 def test_any_armed_site_can_be_captured(config):
     worker = WorkerSteering(config, torch.float32, torch.device("cpu"))
     wanted = ["blocks.1.hook_attn_out", "blocks.5.mlp.hook_in", "blocks.8.hook_resid_post"]

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from steer_kernels.apply_edits.edits import FloatArray, IntArray, SiteEdits, TopKEncoder, group_probability
+from steer_kernels.blocks import pre_activations
 
 MEMBERSHIP_CHUNK = 256
 """Tokens whose [tokens, features] pre-activations a membership test holds at once."""
@@ -80,11 +81,11 @@ class Response:
 class Selector:
     """What decides which features of one group of an encoder survive.
 
-    W_enc: [d_model, group size], b_enc: [group size]. feature [n]: places in the group of the features that are asked
+    encoder: [group size, d_model], b_enc: [group size]. feature [n]: places in the group of the features that are asked
     for. group: its number.
     """
 
-    W_enc: torch.Tensor
+    encoder: torch.Tensor
     b_enc: torch.Tensor
     k: int
     absolute: bool
@@ -97,10 +98,10 @@ class Selector:
         """features: of one group."""
         size = encoder.group_size
         group = int(features[0]) // size
-        columns = slice(group * size, (group + 1) * size)
+        members = slice(group * size, (group + 1) * size)
         return Selector(
-            W_enc=encoder.W_enc[:, columns],
-            b_enc=encoder.b_enc[columns],
+            encoder=encoder.W_enc.T[members],
+            b_enc=encoder.b_enc[members],
             k=encoder.k,
             absolute=encoder.absolute,
             router=encoder.router,
@@ -109,7 +110,9 @@ class Selector:
         )
 
     def pre_acts(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.addmm(self.b_enc, x, self.W_enc)
+        if x.device.type == "cpu":
+            return pre_activations(x, self.encoder, self.b_enc, None)
+        return torch.nn.functional.linear(x, self.encoder, self.b_enc)
 
     def probability(self, x: torch.Tensor) -> torch.Tensor | None:
         """[tokens]: that of the group, 0 where the router chooses another; None without a router."""

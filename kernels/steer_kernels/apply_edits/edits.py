@@ -50,7 +50,8 @@ class TopKEncoder:
     """A whole encoder, needed to decide which features of a token survive, by comparing them with each other.
 
     W_enc: [d_model, d_sae] and b_enc: [d_sae], both float32 on the model's device, with everything folded in:
-    pre-activations are `a * x @ W_enc + b_enc`, a being that of the token norm of the rows that read through it.
+    pre-activations are `a * x @ W_enc + b_enc`, a being that of the token norm of the rows that read through it. Where
+    the row of each feature lies together in memory (W_enc is a view of [d_sae, d_model]), products are fastest.
 
     k: of each group, the k largest pre-activations survive; equal values are ranked by index (Gao et al. 2024).
     groups: the features are in so many consecutive groups of equal size.
