@@ -22,6 +22,7 @@ GATE = READ_ORDER + 1
 plus `GATE_COUNT` times how many they are; 0 without a gate."""
 GATE_COUNT = 1 << 16
 MAX_CONDITIONS = (1 << 15) - 1
+"""Of one gate: the word is signed."""
 HOST_BUFFERS = 3
 """vLLM prepares a step while the one before runs, so a buffer may still be on its way when the next is filled."""
 MAX_RANKED = 128
