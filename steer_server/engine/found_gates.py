@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from steer_kernels.apply_edits import Gates, SiteEdits, StepTable
 from steer_kernels.apply_edits.edits import IntArray
+from steer_server.engine.host_copy import HostCopy
 from steer_server.plan import CLOSED, OPEN
 
 
@@ -36,13 +36,11 @@ class GatedTokens:
 
 @dataclass(frozen=True)
 class FoundGates:
-    """holds: [tokens, conditions] float32 on the host, not 0 where a condition holds, once `arrived`; None where it is
-    there. first, end: by request, which rows are its tokens'; conditions: how many columns are its own. position: that
-    of its first token in its sequence.
+    """holds: [tokens, conditions] float32, not 0 where a condition holds. first, end: by request, which rows are its
+    tokens'; conditions: how many columns are its own. position: that of its first token in its sequence.
     """
 
-    holds: torch.Tensor
-    arrived: torch.cuda.Event | None
+    holds: HostCopy
     request_ids: list[str]
     position: IntArray
     first: IntArray
@@ -55,7 +53,7 @@ class FoundGates:
         columns, end = int(tokens.conditions.max()), int(tokens.stop.max())
         found = table.coefficients[: end * table.stride].view(end, table.stride)[:, :columns]
         rows = (tokens.start, tokens.stop, tokens.conditions)
-        return FoundGates(*_to_host(found), tokens.request_ids, position, *rows)
+        return FoundGates(HostCopy.of(found), tokens.request_ids, position, *rows)
 
     @staticmethod
     def in_torch(gates: Gates, tokens: GatedTokens, position: IntArray) -> FoundGates:
@@ -63,13 +61,11 @@ class FoundGates:
         found = (gates.closed.failing == 0).float().unsqueeze(1)
         first = gates.closed.first[tokens.gate]
         rows = (first + tokens.start, first + tokens.stop, np.ones_like(first))
-        return FoundGates(*_to_host(found), tokens.request_ids, position, *rows)
+        return FoundGates(HostCopy.of(found), tokens.request_ids, position, *rows)
 
     def said(self) -> dict[str, tuple[int, bytes]]:
         """By request: (first position, OPEN or CLOSED for it and those behind it). Waits for the forward."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        holds = self.holds.numpy() != 0
+        holds = self.holds.values().numpy() != 0
         # Nearly always all requests have as many conditions.
         said = {
             n: np.where(holds[:, :n].all(axis=1), OPEN, CLOSED).astype(np.uint8).tobytes()
@@ -82,14 +78,3 @@ class FoundGates:
                 self.request_ids, self.position.tolist(), rows, strict=True
             )
         }
-
-
-def _to_host(values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-    """A copy, and when it is there: a GPU is not waited for."""
-    on_gpu = values.device.type == "cuda"
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=on_gpu).copy_(values, non_blocking=True)
-    if not on_gpu:
-        return host, None
-    arrived = torch.cuda.Event()
-    arrived.record()
-    return host, arrived

@@ -8,9 +8,9 @@ from enum import Enum
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from steer_kernels.apply_edits import StepTable
+from steer_server.engine.host_copy import HostCopy
 from steer_server.engine.self_test import site_edits
 
 
@@ -41,43 +41,22 @@ def edited_tokens(
     return np.bincount(site[order], weights=new, minlength=n_sites).astype(np.int64)
 
 
-def count_so_far(table: StepTable) -> torch.Tensor:
-    """[sites] the kernel's count of edited tokens up to here, on its way to the host: a GPU is not waited for."""
-    count = torch.empty(table.edited.shape, dtype=torch.int32, pin_memory=table.edited.device.type == "cuda")
-    return count.copy_(table.edited, non_blocking=True)
-
-
 @dataclass(frozen=True)
 class ReplayedForward:
     """What a forward that was replayed whole should have edited, and the kernel's counts around it.
 
-    sites: hook points. expected: [sites] tokens. before, after: [sites] int32 on the host. arrived: when they are
-    there; None where they are.
+    sites: hook points. expected: [sites] tokens. before, after: [sites] int32.
     """
 
     sites: tuple[str, ...]
     expected: npt.NDArray[np.int64]
-    before: torch.Tensor
-    after: torch.Tensor
-    arrived: torch.cuda.Event | None
-
-    @staticmethod
-    def behind(
-        table: StepTable, sites: tuple[str, ...], expected: npt.NDArray[np.int64], before: torch.Tensor
-    ) -> ReplayedForward:
-        """That of the forward which was launched since `before`, by `count_so_far`, was."""
-        after, arrived = count_so_far(table), None
-        if table.edited.device.type == "cuda":
-            arrived = torch.cuda.Event()
-            arrived.record()
-        return ReplayedForward(sites, expected, before, after, arrived)
+    before: HostCopy
+    after: HostCopy
 
     def missing_sites(self) -> list[str]:
         """Where it edited other than was asked. Waits for the forward."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
         # The counter goes round at 2**31.
-        edited = (self.after - self.before).numpy()
+        edited = (self.after.values() - self.before.values()).numpy()
         return [site for site, n, wanted in zip(self.sites, edited, self.expected, strict=True) if n != wanted]
 
 

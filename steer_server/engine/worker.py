@@ -31,11 +31,11 @@ from steer_server.engine.batch_edits import BatchEdits
 from steer_server.engine.config import ConfigError, SteeringConfig
 from steer_server.engine.encoders import Encoders
 from steer_server.engine.found_gates import FoundGates, GatedTokens
+from steer_server.engine.host_copy import HostCopy
 from steer_server.engine.row_bank import Row, RowBank
 from steer_server.engine.whole_forwards import (
     Graphs,
     ReplayedForward,
-    count_so_far,
     edited_tokens,
     sites_that_do_not_launch,
 )
@@ -135,7 +135,7 @@ class WorkerSteering:
         """Tokens that the table's edits act on in the forward at hand, by site."""
         self._table_is_captured = False
         """Whether the forward's edits are where CUDA graphs look for them, and such as they apply."""
-        self._count_before: torch.Tensor | None = None
+        self._count_before: HostCopy | None = None
         self._spans: dict[str, tuple[int, int]] = {}
         self.missing_before: list[str] = []
         """Sites of earlier pipeline stages that had work in the forward at hand and did not do it."""
@@ -261,7 +261,7 @@ class WorkerSteering:
             if not self._table_is_captured:
                 # The graph's launches look at it, and may not find what acted before: what they do not do is missing.
                 self.table.clear()
-            self._count_before = count_so_far(self.table)
+            self._count_before = HostCopy.of(self.table.edited)
 
     def end_step(self) -> None:
         """Disarm the sites: whatever vLLM runs between steps (warm-up, dummy batches) is not steered."""
@@ -274,7 +274,8 @@ class WorkerSteering:
             missing += [self.config.sites[i] for i in self._active if self.sites[i].runs != 1]
         else:
             assert self.table is not None
-            replayed = ReplayedForward.behind(self.table, self.config.sites, self._edited, self._count_before)
+            after = HostCopy.of(self.table.edited)
+            replayed = ReplayedForward(self.config.sites, self._edited, self._count_before, after)
         self._report = StepReport(self._spans, missing, replayed=replayed, found=self._found_gates())
 
     def _found_gates(self) -> FoundGates | None:
