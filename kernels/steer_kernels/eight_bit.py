@@ -82,8 +82,11 @@ def token_sizes(x: torch.Tensor, eight_bit: EightBitEncoder, scale: torch.Tensor
     # In float64 squares neither overflow nor underflow.
     size = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).clamp(min=2.0**-60) * _ROUNDED_UP
     scaled = size if scale is None else size * scale.double().abs()
+    # Products are added up before they are multiplied by step: a row of `weights` is no longer than this.
+    level = EIGHT_BIT_DTYPES[eight_bit.weights.dtype] * x.shape[1] ** 0.5
+    most = torch.maximum(size * level, torch.maximum(size, scaled) * eight_bit.longest)
     # NaN is not less than anything.
-    near_end = ~(torch.maximum(size, scaled) * eight_bit.longest < LARGEST)
+    near_end = ~(most < LARGEST)
     return torch.where(near_end, torch.inf, scaled).float()
 
 

@@ -65,6 +65,14 @@ def test_any_magnitudes(d_in, seed, of_x, of_W, eight_bits):
 
 
 @pytest.mark.parametrize("eight_bits", EIGHT_BITS)
+def test_no_bound_where_sums_of_levels_could_overflow(eight_bits):
+    """Small weights become large numbers of small steps, which are added up before they are multiplied by the step."""
+    x = torch.tensor([1e36, 1e15]).unsqueeze(-1).expand(2, 16)
+    finite = assert_bounded(x, torch.full((3, 16), 1e-2), torch.zeros(3), None, eight_bits)
+    assert finite.tolist() == [[False] * 3, [True] * 3]
+
+
+@pytest.mark.parametrize("eight_bits", EIGHT_BITS)
 def test_the_worst_token_reaches_the_bound(eight_bits):
     """x along what a row lost: Cauchy and Schwarz's inequality is an equality, so no smaller slack would do."""
     _, W, _, _ = real_encoder(1, 200, 50, torch.float32)
