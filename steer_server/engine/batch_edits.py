@@ -92,7 +92,7 @@ class BatchEdits:
         a condition, those from the first to the last that edits of its gate act on."""
         first = np.maximum(self.first, start[self.owner])
         end = np.minimum(self.end, (start + count)[self.owner])
-        conditions = self.rows.write < 0
+        conditions = self.rows.is_condition
         if conditions.any():
             gated = (first < end) & (self.rows.gate >= 0) & ~conditions
             reach_first, reach_end = start + count, start.copy()

@@ -102,7 +102,7 @@ def _compare(
     the largest value."""
     (tokens, d_model), dtype, device = hidden.shape, hidden.dtype, hidden.device
     expected, found = hidden.clone(), hidden.clone()
-    conditions, acting = edits.take(edits.write < 0), edits.take(edits.write >= 0)
+    conditions, acting = edits.take(edits.is_condition), edits.take(~edits.is_condition)
     gates = None
     if len(conditions):
         gates = Gates.of(conditions, np.zeros(len(conditions), dtype=np.int64), rows, encoders)

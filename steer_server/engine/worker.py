@@ -61,8 +61,8 @@ class StepReport:
     def settled(self) -> StepReport:
         """With all missing sites and all gates, whatever runs on the device. Waits for the forward."""
         missing = [] if self.replayed is None else self.replayed.missing_sites()
-        gates = {} if self.found is None else self.found.said()
-        return StepReport(self.spans, [*self.missing_sites, *missing], self.gates | gates)
+        gates = self.gates if self.found is None else self.found.said()
+        return StepReport(self.spans, [*self.missing_sites, *missing], gates)
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,8 @@ class WorkerSteering:
 
     def add_request(self, request_id: str, plan: Plan, prompt_len: int) -> None:
         mine = plan.without(self._elsewhere)
-        self._requests[request_id] = _Request(mine, prompt_len, mine.row_refs(), self._for_graphs(mine))
+        refs = mine.row_refs()
+        self._requests[request_id] = _Request(mine, prompt_len, refs, self._for_graphs(mine, refs))
 
     def expect_step(self, request_ids: Iterable[str]) -> None:
         """The next forward is over tokens of `request_ids`; of none, where no request's."""
@@ -311,7 +312,7 @@ class WorkerSteering:
         rows = edits.rows if everything else edits.rows.take(acting)
         site, owner = (edits.site, edits.owner) if everything else (edits.site[acting], edits.owner[acting])
         rows = replace(rows, start=token_start, stop=token_stop)
-        condition = rows.write < 0
+        condition = rows.is_condition
         if condition.any():
             self._gated = GatedTokens.of(rows.take(condition), list(self._batch))
             self._active = np.unique(site[~condition]).tolist()
@@ -334,7 +335,7 @@ class WorkerSteering:
 
     def _prepare(self, rows: SiteEdits, site: npt.NDArray[np.int64]) -> None:
         """Give `rows`, sorted by the sites of each, to the torch path."""
-        condition = rows.write < 0
+        condition = rows.is_condition
         gates = None
         if condition.any():
             self._gates = gates = Gates.of(rows.take(condition), site[condition], self.bank.rows, self.encoders.held)
@@ -360,26 +361,21 @@ class WorkerSteering:
         captured = self.encoders.rankings
         ranked_there = all(set(found) <= set(captured.get(i, ())) for i, found in table.rankings.items())
         self._table_is_captured = table is self.table and ranked_there
-        condition = rows.write < 0
-        waits_for = np.zeros((len(self.sites), len(self.sites)), dtype=np.int64)
+        condition = rows.is_condition
         asked_at: set[int] = set()
+        waits_for: dict[int, set[int]] = {}
         if condition.any():
             self._gates = table
             asked_at = set(site[condition].tolist())
-            reads, writes = np.zeros((2, len(self._batch), len(self.sites)), dtype=np.int64)
-            reads[rows.gate[condition], site[condition]] = 1
+            waits_for = _sites_that_decide(rows, site, len(self.sites))
             rows, site = rows.take(~condition), site[~condition]
-            gated = rows.gate >= 0
-            writes[rows.gate[gated], site[gated]] = 1
-            # By the site that is written, at which ones conditions decide about it.
-            waits_for = writes.T @ reads
         self._edited = edited_tokens(rows.start, rows.stop, site, len(self.sites))
         written = set(site.tolist())
         at: dict[int, TableEdits] = {}
         # In the order of a forward: what is read for a site is read before it.
         for i in sorted(written | set(rows.source[rows.source >= 0].tolist()) | asked_at):
             sources = set(rows.source[(site == i) & (rows.source >= 0)].tolist())
-            sources |= set(np.flatnonzero(waits_for[i]).tolist()) - {i}
+            sources |= waits_for.get(i, set())
             at[i] = TableEdits(table, i, [at[source] for source in sorted(sources)])
             if i in written:
                 self.sites[i].edits = at[i]
@@ -394,8 +390,8 @@ class WorkerSteering:
             self._large_table = StepTable(self.bank.rows, len(self.sites), self.encoders.held)
         return self._large_table
 
-    def _for_graphs(self, plan: Plan) -> bool:
-        saes = {ref.sae for ref in plan.row_refs() if isinstance(ref, EncoderRow)}
+    def _for_graphs(self, plan: Plan, refs: frozenset[RowRef]) -> bool:
+        saes = {ref.sae for ref in refs if isinstance(ref, EncoderRow)}
         return plan.n_rows <= self._room.edits_a_group and not saes & self.encoders.in_groups
 
     def _clear_table(self) -> None:
@@ -430,6 +426,15 @@ class WorkerSteering:
         if isinstance(ref, DecoderRow):
             return Row(rows.decoder)
         return Row(rows.encoder, rows.bias, rows.threshold)
+
+
+def _sites_that_decide(rows: SiteEdits, site: npt.NDArray[np.int64], n_sites: int) -> dict[int, set[int]]:
+    """By the site where edits that go through gates are written, the others at which their conditions are read."""
+    reads, writes = np.zeros((2, int(rows.gate.max()) + 1, n_sites), dtype=np.int64)
+    condition, gated = rows.is_condition, ~rows.is_condition & (rows.gate >= 0)
+    reads[rows.gate[condition], site[condition]] = 1
+    writes[rows.gate[gated], site[gated]] = 1
+    return {i: set(np.flatnonzero(decides).tolist()) - {i} for i, decides in enumerate(writes.T @ reads)}
 
 
 def _room(config: SteeringConfig) -> Room:

@@ -70,6 +70,16 @@ class Simulation:
         self.check_gates(report, scheduled, incoming)
         return report
 
+    def step_of_one_token(self, request_id, first, skipped):
+        """Run a forward over ones in which the op does not run at the site `skipped`; the report and the stream."""
+        self.worker.begin_step([request_id], np.array([first]), np.array([1]))
+        hidden = torch.ones(1, D_MODEL)
+        for number, site in enumerate(self.config.sites):
+            if site != skipped:
+                apply_edits(hidden, None, number)
+        self.worker.end_step()
+        return self.worker.take_report(), hidden
+
     def check_gates(self, report, scheduled, incoming):
         """What is reported of conditions, for all tokens from the first to the last that an entry acts on."""
         asked, token = {}, 0
@@ -345,13 +355,8 @@ def test_a_transcoder_whose_input_was_not_read_is_reported_and_writes_nothing(co
     sim.add("a", {"features": [feature("kind/transcoder", 1, "set", 3.0)], "apply": {"skip_first": 0}}, prompt_len=2)
     for first in (0, 1):
         # The second time the table is the first one's, and nothing of that forward may be left.
-        sim.worker.begin_step(["a"], np.array([first]), np.array([1]))
-        hidden = torch.ones(1, D_MODEL)
-        for number, site in enumerate(config.sites):
-            if site != skipped:
-                apply_edits(hidden, None, number)
-        sim.worker.end_step()
-        assert sim.worker.take_report().missing_sites == ["blocks.5.hook_mlp_out"]
+        report, hidden = sim.step_of_one_token("a", first, skipped)
+        assert report.missing_sites == ["blocks.5.hook_mlp_out"]
         assert torch.equal(hidden, torch.ones(1, D_MODEL))
 
 
@@ -360,14 +365,9 @@ def test_a_condition_that_was_not_read_is_reported_and_decides_nothing(config, s
     sim = Simulation(config)
     sim.add("a", SPECS["conditions"] | {"apply": {"skip_first": 0}}, prompt_len=2)
     for first in (0, 1):
-        sim.worker.begin_step(["a"], np.array([first]), np.array([1]))
-        hidden = torch.ones(1, D_MODEL)
-        for number, site in enumerate(config.sites):
-            if site != skipped:
-                apply_edits(hidden, None, number)
-        sim.worker.end_step()
+        report, hidden = sim.step_of_one_token("a", first, skipped)
         written = {"blocks.3.hook_resid_post", "blocks.4.hook_resid_post", "blocks.5.hook_resid_post"}
-        assert set(sim.worker.take_report().missing_sites) == written | {"blocks.8.hook_resid_post"}
+        assert set(report.missing_sites) == written | {"blocks.8.hook_resid_post"}
         assert torch.equal(hidden, torch.ones(1, D_MODEL))
 
 

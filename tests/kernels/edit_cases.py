@@ -8,11 +8,13 @@ import torch
 from steer_kernels.apply_edits import (
     Gates,
     SiteEdits,
+    TokenNorm,
     TopKEncoder,
     apply_edits_reference,
     apply_prepared,
     prepare_edits,
 )
+from steer_kernels.apply_edits.reference import token_scales
 from steer_kernels.apply_edits.step_table import StepTable
 from tests.kernels.conftest import INTERPRETED
 
@@ -49,14 +51,14 @@ def run(form, hidden, residual, rows, edits, encoders=(), sources=None):
     if form in ("rows", "blocks"):
         return run_kernel(hidden, residual, rows, edits, encoders, sources)
     out = hidden.clone()
-    conditions, gates = edits.take(edits.write < 0), None
+    conditions, gates = edits.take(edits.is_condition), None
     if len(conditions):
         gates = Gates.of(conditions, conditions.source, rows, encoders)
         for reads in gates.reads:
             reads.forget()
         for reads in gates.reads:
             reads.read(*((hidden, residual) if reads.source < 0 else (sources[reads.source], None)))
-    prepared = prepare_edits(edits.take(edits.write >= 0), rows, encoders, gates)
+    prepared = prepare_edits(edits.take(~edits.is_condition), rows, encoders, gates)
     for remote in prepared.remote:
         remote.read(sources[remote.source], None)
     apply_prepared(out, residual, prepared)
@@ -95,3 +97,46 @@ def assert_matches_reference(form, hidden, residual, rows, edits, encoders=(), s
     stream_size = float(expected.abs().max()) + (0.0 if residual is None else float(residual.abs().max()))
     tolerance = 4 * torch.finfo(hidden.dtype).eps * stream_size + 1e-5 * float(rows.abs().max()) * stream_size
     assert (out.double() - expected).abs().max() <= tolerance
+
+
+def values_that_decide(edits, rows, stream, sources):
+    """How far each pre-activation of each row is from where it turns something on or off."""
+    distances = [torch.ones(1, dtype=torch.float64)]
+    for e in range(len(edits)):
+        if edits.read[e] < 0:
+            continue
+        x = sources.get(int(edits.source[e]), stream).double()[edits.start[e] : edits.stop[e]]
+        a = torch.tensor([token_scales(token, TokenNorm(int(edits.norm[e])))[0] for token in x])
+        pre = a * (x @ rows[edits.read[e]].double()) + float(edits.bias[e])
+        if np.isfinite(edits.threshold[e]):
+            distances.append((pre - float(edits.threshold[e])).abs())
+        if edits.write[e] < 0:
+            distances.append((pre - float(edits.low[e])).abs())
+    return torch.cat(distances)
+
+
+def compare_drawn(form, table, dtype, mean, least_distance):
+    """`assert_matches_reference` of a drawn table, on streams of normal numbers around `mean`, unless it proves
+    nothing: a value lies within `least_distance` of where it turns something on, or a stream is edited to nothing.
+
+    table: tokens, rows of the bank, records, seed, and whether there is a residual.
+    """
+    tokens, n_rows, records, seed, has_residual = table
+    generator = torch.Generator().manual_seed(seed)
+    d_model = 31
+    hidden = torch.randn(tokens, d_model, generator=generator).add(mean).to(dtype)
+    residual = torch.randn(tokens, d_model, generator=generator).to(dtype) if has_residual else None
+    rows = torch.randn(n_rows, d_model, generator=generator).div(d_model**0.5).to(dtype)
+    sources = {site: torch.randn(tokens, d_model, generator=generator).to(dtype) for site in (0, 1)}
+    edits = build_edits(records)
+    stream = hidden.double() if residual is None else hidden.double() + residual.double()
+    # Within rounding a feature may fall on either side.
+    if values_that_decide(edits, rows, stream, sources).min() < least_distance:
+        return
+    # The rescaling of preserve_norm divides by the edited norm.
+    unscaled = apply_edits_reference(
+        hidden, residual, rows, build_edits([r | {"preserve_norm": False} for r in records]), sources=sources
+    )
+    if (unscaled if residual is None else unscaled + residual.double()).norm(dim=-1).min() < 0.5:
+        return
+    assert_matches_reference(form, hidden, residual, rows, edits, sources=sources)

@@ -7,10 +7,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from steer_kernels.apply_edits import Gates, Site, TokenNorm, TopKEncoder, apply_edits_reference, prepare_edits
-from steer_kernels.apply_edits.reference import token_scales
 from steer_kernels.apply_edits.step_table import GATE_COUNT, StepTable
 from tests.kernels.conftest import INTERPRETED
-from tests.kernels.edit_cases import INF, assert_matches_reference, build_edits, encoder_on, run, token_groups
+from tests.kernels.edit_cases import (
+    INF,
+    assert_matches_reference,
+    build_edits,
+    compare_drawn,
+    encoder_on,
+    run,
+    token_groups,
+)
 
 EXAMPLES = 15 if INTERPRETED else 200
 ABOVE, NOT_ABOVE = 1.0, -1.0
@@ -65,43 +72,11 @@ def gated_tables(draw):
     return tokens, n_rows, records, draw(st.integers(0, 2**31)), draw(st.booleans())
 
 
-def values_that_decide(edits, rows, stream, sources):
-    """How far each pre-activation of each row is from where it turns something on or off."""
-    distances = [torch.ones(1, dtype=torch.float64)]
-    for e in range(len(edits)):
-        if edits.read[e] < 0:
-            continue
-        x = sources.get(int(edits.source[e]), stream).double()[edits.start[e] : edits.stop[e]]
-        a = torch.tensor([token_scales(token, TokenNorm(int(edits.norm[e])))[0] for token in x])
-        pre = a * (x @ rows[edits.read[e]].double()) + float(edits.bias[e])
-        if np.isfinite(edits.threshold[e]):
-            distances.append((pre - float(edits.threshold[e])).abs())
-        if edits.write[e] < 0:
-            distances.append((pre - float(edits.low[e])).abs())
-    return torch.cat(distances)
-
-
 @settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(gated_tables(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_matches_the_definition(form, table, dtype):
-    tokens, n_rows, records, seed, has_residual = table
-    generator = torch.Generator().manual_seed(seed)
-    d_model = 31
     # Far from zero, so that what preserves a norm divides by none that is small.
-    hidden = torch.randn(tokens, d_model, generator=generator).add(4.0).to(dtype)
-    residual = torch.randn(tokens, d_model, generator=generator).to(dtype) if has_residual else None
-    rows = torch.randn(n_rows, d_model, generator=generator).div(d_model**0.5).to(dtype)
-    sources = {site: torch.randn(tokens, d_model, generator=generator).to(dtype) for site in (0, 1)}
-    edits = build_edits(records)
-    stream = hidden.double() if residual is None else hidden.double() + residual.double()
-    # Within rounding of its threshold or bound a feature may fall on either side; such a table proves nothing.
-    if values_that_decide(edits, rows, stream, sources).min() < 1e-3:
-        return
-    kept = build_edits([r | {"preserve_norm": False} for r in records])
-    unscaled = apply_edits_reference(hidden, residual, rows, kept, sources=sources)
-    if (unscaled if residual is None else unscaled + residual.double()).norm(dim=-1).min() < 0.5:
-        return
-    assert_matches_reference(form, hidden, residual, rows, edits, sources=sources)
+    compare_drawn(form, table, dtype, mean=4.0, least_distance=1e-3)
 
 
 @pytest.mark.parametrize("preserve_norm", [False, True])

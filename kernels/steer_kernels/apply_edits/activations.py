@@ -42,7 +42,7 @@ class Response:
             shift=torch.from_numpy(edits.shift).to(device),
             low=column(edits.low, -np.inf),
             high=column(edits.high, np.inf),
-            condition=bool((edits.write < 0).all()),
+            condition=bool(edits.is_condition.all()),
             zero=torch.zeros((), device=device),
         )
 

@@ -45,21 +45,12 @@ class Places:
     index: torch.Tensor
 
     @staticmethod
-    def of_pairs(closed: Closed | None, edits: SiteEdits) -> Places | None:
-        """Of rows on one token each: [P]. None where none goes through a gate."""
-        if closed is None or bool((edits.gate < 0).all()):
+    def of(closed: Closed | None, gate: IntArray, token: IntArray) -> Places | None:
+        """Of rows that go through `gate`, each on its `token`, or [n] on all of `token` [tokens, 1]. None where none
+        goes through any."""
+        if closed is None or bool((gate < 0).all()):
             return None
-        index = closed.places(edits.gate, edits.start)
-        return Places(closed, torch.from_numpy(index).to(closed.failing.device))
-
-    @staticmethod
-    def of_span(closed: Closed | None, edits: SiteEdits) -> Places | None:
-        """Of n rows on the same tokens: [tokens, n]. None where none goes through a gate."""
-        if closed is None or bool((edits.gate < 0).all()):
-            return None
-        tokens = np.arange(edits.start[0], edits.stop[0])
-        index = closed.places(edits.gate[None, :], tokens[:, None])
-        return Places(closed, torch.from_numpy(index).to(closed.failing.device))
+        return Places(closed, torch.from_numpy(closed.places(gate, token)).to(closed.failing.device))
 
     def closed_ones(self) -> torch.Tensor:
         """Where a gate is closed, bool."""

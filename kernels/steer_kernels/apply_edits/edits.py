@@ -128,6 +128,11 @@ class SiteEdits:
     def __len__(self) -> int:
         return len(self.start)
 
+    @property
+    def is_condition(self) -> npt.NDArray[np.bool_]:
+        """[E] which rows are conditions."""
+        return self.write < 0
+
     def take(self, index: IntArray | npt.NDArray[np.bool_]) -> SiteEdits:
         """The rows at `index` (positions or a mask), in that order."""
         return SiteEdits(*(getattr(self, field.name)[index] for field in fields(self)))

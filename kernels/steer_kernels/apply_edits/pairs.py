@@ -48,11 +48,11 @@ class ReadPairs:
         return ReadPairs(
             tokens=Tokens(edits.start, rows.device),
             read=gather(rows, edits.read),
-            write=gather(rows, edits.write[edits.write >= 0]),
+            write=gather(rows, edits.write[~edits.is_condition]),
             bias=torch.from_numpy(edits.bias).to(rows.device),
             response=Response.of(edits, rows.device),
             norm=TokenNorm(int(edits.norm[0])),
-            places=Places.of_pairs(closed, edits),
+            places=Places.of(closed, edits.gate, edits.start),
         )
 
     def pre_acts(self, x: torch.Tensor) -> torch.Tensor:

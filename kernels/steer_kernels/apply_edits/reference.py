@@ -71,7 +71,7 @@ def apply_edits_reference(
     keep_norm: set[int] = set()
     closed: set[tuple[int, int]] = set()
     # Conditions first.
-    for e in np.argsort(edits.write >= 0, kind="stable"):
+    for e in np.argsort(~edits.is_condition, kind="stable"):
         source = int(edits.source[e])
         read_stream = stream if source < 0 else (sources or {})[source].double()
         for token in range(int(edits.start[e]), int(edits.stop[e])):
@@ -83,7 +83,7 @@ def apply_edits_reference(
                 f = p if p > edits.threshold[e] else 0.0
                 if edits.encoder[e] >= 0:
                     f *= survival(a * x, int(edits.feature[e]), encoders[int(edits.encoder[e])])
-            if edits.write[e] < 0:
+            if edits.is_condition[e]:
                 if (f > edits.low[e]) != (edits.scale[e] >= 0):
                     closed.add((int(edits.gate[e]), token))
                 continue

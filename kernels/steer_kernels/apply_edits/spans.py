@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from steer_kernels.apply_edits.activations import MEMBERSHIP_CHUNK, Response, Selector
@@ -67,12 +68,12 @@ class SpanReads:
         encoder = int(edits.encoder[0])
         return SpanReads(
             read=gather(rows, edits.read),
-            write=gather(rows, edits.write[edits.write >= 0]),
+            write=gather(rows, edits.write[~edits.is_condition]),
             bias=torch.from_numpy(edits.bias).to(rows.device),
             response=Response.of(edits, rows.device),
             norm=TokenNorm(int(edits.norm[0])),
             selector=None if encoder < 0 else Selector.of(encoders[encoder], edits.feature),
-            places=Places.of_span(closed, edits),
+            places=Places.of(closed, edits.gate, np.arange(edits.start[0], edits.stop[0])[:, None]),
         )
 
     def activations(self, x: torch.Tensor) -> torch.Tensor:

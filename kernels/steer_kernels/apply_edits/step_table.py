@@ -118,7 +118,7 @@ class StepTable:
         # What neither reads nor is scaled depends on no stream, so it is known where it is written.
         local = (edits.source < 0) | ((edits.read < 0) & (edits.norm == TokenNorm.NONE))
         source = np.where(local, site, edits.source)
-        site = np.where(edits.write < 0, -1, site)
+        site = np.where(edits.is_condition, -1, site)
         # Conditions of one gate lie together.
         order = np.lexsort((edits.gate, site, group))
         edits, site, group, source = edits.take(order), site[order], group[order], source[order]
@@ -247,8 +247,8 @@ def _offsets(keys: IntArray, n: int) -> IntArray:
 def _gate_words(edits: SiteEdits, group: IntArray) -> IntArray:
     """[E] the words that say where the conditions of each edit's gate are; edits as they lie in a table."""
     words = np.zeros(len(edits), dtype=np.int64)
-    conditions = np.flatnonzero(edits.write < 0)
-    gated = np.flatnonzero((edits.write >= 0) & (edits.gate >= 0))
+    conditions = np.flatnonzero(edits.is_condition)
+    gated = np.flatnonzero(~edits.is_condition & (edits.gate >= 0))
     if len(gated):
         gates, first, count = np.unique(edits.gate[conditions], return_index=True, return_counts=True)
         gate = np.searchsorted(gates, edits.gate[gated])

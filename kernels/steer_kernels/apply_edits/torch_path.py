@@ -75,7 +75,7 @@ class KeptNorms:
         pairs = one_row_a_token(edits)
         tokens, slot = np.unique(pairs.start, return_inverse=True)
         index = torch.from_numpy(slot.astype(np.int64)).to(device)
-        return KeptNorms(Tokens(tokens, device), index, Places.of_pairs(closed, pairs))
+        return KeptNorms(Tokens(tokens, device), index, Places.of(closed, pairs.gate, pairs.start))
 
     def norms(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         """Those of their streams, [tokens]."""
