@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, deque
 
 from steer_server.plan import RowRef
 from steer_server.spec import SteeringError
@@ -17,7 +16,7 @@ class Lease:
     """The right of one admitted request to its rows; given back by `release`, or when nothing holds it any more."""
 
     def __init__(self, budget: RowBudget, rows: frozenset[RowRef]) -> None:
-        self._finalizer = weakref.finalize(self, budget._give_back, rows)
+        self._finalizer = weakref.finalize(self, budget._ended.append, rows)
         self._finalizer.atexit = False
 
     def release(self) -> None:
@@ -30,12 +29,15 @@ class RowBudget:
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._users: Counter[RowRef] = Counter()
-        # Reentrant: collecting garbage in `lease` may give another lease's rows back on the same thread.
-        self._lock = threading.RLock()
+        # A lease may end in a garbage collection, at any instruction, one that counts included. So ending one is no
+        # more than an append, and whoever counts next takes it off.
+        self._ended: deque[frozenset[RowRef]] = deque()
+        self._lock = threading.Lock()
 
     def lease(self, rows: frozenset[RowRef], root: str) -> Lease:
         """Reserve `rows`. Raises SteeringError with status 429 where they do not fit beside those in use."""
         with self._lock:
+            self._take_off_ended()
             missing = sum(1 for row in rows if row not in self._users)
             if len(self._users) + missing > self._capacity:
                 raise SteeringError(
@@ -50,11 +52,13 @@ class RowBudget:
 
     @property
     def in_use(self) -> int:
-        return len(self._users)
-
-    def _give_back(self, rows: Iterable[RowRef]) -> None:
         with self._lock:
-            for row in rows:
+            self._take_off_ended()
+            return len(self._users)
+
+    def _take_off_ended(self) -> None:
+        while self._ended:
+            for row in self._ended.popleft():
                 self._users[row] -= 1
                 if self._users[row] == 0:
                     del self._users[row]
