@@ -286,7 +286,7 @@ def test_exit_status_and_json_lines(tmp_path):
 
 def test_terminated_it_keeps_what_is_finished(source, tmp_path):
     output = tmp_path / "out.jsonl"
-    process = subprocess.Popen(command(source, output, "--delay", "0.05"), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(source, output, "--delay", "1"), stderr=subprocess.PIPE, text=True)
     while not output.exists() or not output.stat().st_size:
         assert process.poll() is None
         time.sleep(0.01)

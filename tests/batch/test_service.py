@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 
 import pytest
 
@@ -78,7 +77,7 @@ async def test_a_batch_whose_time_is_over(store):
     service = await started(store, StubEngine(delay=0.2))
     service._engine.in_flight = 1
     file = uploaded(store, [line(f"r{i}") for i in range(50)])
-    identifier = opened(store, service, file, expires_at=now() + 2)
+    identifier = opened(store, service, file, expires_at=now() + 5)
     service.submit(identifier)
     batch = await ended(store, identifier)
     assert batch["status"] == "expired"
@@ -161,17 +160,21 @@ async def test_an_input_that_is_gone(store):
     assert batch["errors"]["data"][0]["param"] == "input_file_id"
 
 
-def test_files_expire(store):
-    file = uploaded(store, ["x"], expires_at=now() + 2)
+def test_files_expire(store, monkeypatch):
+    def hours_pass(hours):
+        later = now() + 3600 * hours
+        monkeypatch.setattr("steer_server.batch.store.now", lambda: later)
+
+    file = uploaded(store, ["x"], expires_at=now() + 3600)
     path = store.file_path(file)
     assert store.file(file)["bytes"] == 2
-    time.sleep(2.1)
+    hours_pass(1)
     assert store.files(None, None, 10, "desc") == []
     with pytest.raises(NotStoredError):
         store.file(file)
     assert not path.exists()
-    other = uploaded(store, ["x"], expires_at=now() + 2)
-    time.sleep(2.1)
+    other = uploaded(store, ["x"], expires_at=now() + 7200)
+    hours_pass(2)
     store.delete_expired()
     assert not store.file_path(other).exists()
     assert store.stored_bytes() == 0

@@ -42,7 +42,7 @@ class Server:
         return httpx.post(f"{self.url}{path}", json=body, timeout=120)
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(f"{self.url}{path}", timeout=30)
+        return httpx.get(f"{self.url}{path}", timeout=120)
 
 
 @contextlib.contextmanager

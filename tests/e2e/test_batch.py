@@ -478,8 +478,8 @@ def test_files_that_cannot_be_had(server, tmp_path):
         ({"files": {"file": ("a.parquet", b"x")}, "data": {"purpose": "batch"}}, 400),
         ({"files": good, "data": {"purpose": "batch", "expires_after[anchor]": "created_at"}}, 400),
     ):
-        assert httpx.post(url, timeout=10, **sent).status_code == status, sent
-    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=10)
+        assert httpx.post(url, timeout=120, **sent).status_code == status, sent
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=120)
     connection.putrequest("POST", "/v1/files")
     connection.putheader("Content-Type", "multipart/form-data; boundary=x")
     connection.putheader("Content-Length", str(1 << 40))
@@ -494,7 +494,7 @@ def test_files_that_cannot_be_had(server, tmp_path):
         assert server.get(path).status_code == 404, path
     for path in ("/v1/files?after=x", "/v1/batches?after=x"):
         assert server.get(path).status_code == 404
-    named = httpx.post(url, files={"file": ("../../evil.jsonl", b"x")}, data={"purpose": "batch"}).json()
+    named = httpx.post(url, files={"file": ("../../evil.jsonl", b"x")}, data={"purpose": "batch"}, timeout=120).json()
     assert named["filename"] == "evil.jsonl"
 
 
