@@ -96,6 +96,12 @@ def batch(*arguments, **options):
     return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, **options)
 
 
+def summary_of(ran):
+    # Not of necessity the last line: an engine that ends may print after it.
+    (summary,) = [event for event in map(json.loads, ran.stderr.splitlines()) if event["event"] == "summary"]
+    return summary
+
+
 def comparable(body):
     """An answer without what differs from one request to the next: ids, times, and where tokens were computed."""
     if "error" in body and body.get("object") != "response":
@@ -168,9 +174,7 @@ def test_2000_mixed_lines_are_answered_as_online(server, tmp_path):
     assert_same([one for one in written if one["response"] is not None], answers)
     assert len(written) == ROWS + len(bad)
 
-    events = [json.loads(text) for text in ran.stderr.splitlines() if text.startswith("{")]
-    summary = events[-1]
-    assert summary["event"] == "summary"
+    summary = summary_of(ran)
     assert summary["rows"] == ROWS + len(bad)
     failed = sum(status != 200 for status, _ in answers.values())
     assert failed == ROWS // 23
@@ -243,8 +247,7 @@ def test_killed_with_its_own_engine(server, tmp_path):
     process.wait()
     ran = batch("-i", source, "-o", output, *FLAGS, "--resume", "--log-format", "json")
     assert ran.returncode == 2, ran.stderr[-3000:]
-    # An engine that ends may print after the summary.
-    (summary,) = [event for event in map(json.loads, ran.stderr.splitlines()) if event["event"] == "summary"]
+    summary = summary_of(ran)
     assert 0 < summary["finished_earlier"] < 120
     assert summary["rows"] == 120
     assert_same(results(output), online(server, rows))
