@@ -26,11 +26,12 @@ def test_equal_rows_count_once_and_come_back_with_their_last_lease():
     assert budget.in_use == 0
 
 
-@pytest.mark.parametrize("when", range(8))
+@pytest.mark.parametrize("when", range(16))
 def test_a_lease_that_ends_while_rows_are_counted(when):
-    """Collecting garbage may end one at any instruction, on the thread that counts; here it is one of equal rows."""
+    """Collecting garbage may end one at any instruction, on the thread that counts; here it shares a row with those
+    that are taken and given back meanwhile."""
     budget = RowBudget(4)
-    ending, hashed = [], []
+    ending, hashed, kept = [], [], []
 
     class Row(InlineRow):
         def __hash__(self):
@@ -40,8 +41,9 @@ def test_a_lease_that_ends_while_rows_are_counted(when):
             return super().__hash__()
 
     def take_and_give_back():
-        ending.append(budget.lease(frozenset([Row("a")]), "steering"))
+        ending.append(budget.lease(frozenset([Row("a"), Row("b")]), "steering"))
         hashed.clear()
+        kept.append(budget.lease(frozenset([Row("a")]), "steering"))
         budget.lease(frozenset([Row("a")]), "steering").release()
 
     thread = threading.Thread(target=take_and_give_back, daemon=True)
@@ -49,4 +51,6 @@ def test_a_lease_that_ends_while_rows_are_counted(when):
     thread.join(20)
     assert not thread.is_alive(), "it waits for itself"
     ending.clear()
+    assert budget.in_use == 1
+    kept.clear()
     assert budget.in_use == 0

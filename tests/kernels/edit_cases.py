@@ -110,7 +110,7 @@ def values_that_decide(edits, rows, stream, sources):
         pre = a * (x @ rows[edits.read[e]].double()) + float(edits.bias[e])
         if np.isfinite(edits.threshold[e]):
             distances.append((pre - float(edits.threshold[e])).abs())
-        if edits.write[e] < 0:
+        if edits.is_condition[e]:
             distances.append((pre - float(edits.low[e])).abs())
     return torch.cat(distances)
 

@@ -191,7 +191,7 @@ def test_one_table_of_many_requests_at_many_sites(triton_device):
     elsewhere = build_edits([r | source for r, source in zip(records, at, strict=True)])
     streams = dict(enumerate(hidden))
     for i in range(n_sites):
-        here = elsewhere.take((elsewhere.write < 0) | (site == i))
+        here = elsewhere.take(elsewhere.is_condition | (site == i))
         expected = apply_edits_reference(hidden[i], None, rows, here, sources=streams)
         assert torch.allclose(out[i].cpu().double(), expected, atol=1e-4), i
     assert table.edited.tolist() == [21, 21, 21, 22], "what a gate closes was still looked at, as was asked"
