@@ -32,6 +32,13 @@ def model_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def tokenizer(model_dir):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_dir)
+
+
+@pytest.fixture(scope="session")
 def saes(tmp_path_factory) -> dict[str, str]:
     """Folder by name: the shipped TopK SAE, and its weights under the other activation functions."""
     from tests.e2e.saes import standard_and_jumprelu

@@ -12,7 +12,7 @@ import pytest
 
 from tests.batch.stub import results, write_lines
 from tests.e2e import servers
-from tests.e2e.test_batch import batch, comparable, row
+from tests.e2e.batch_cases import batch, comparable, row
 
 ray = pytest.importorskip("ray", reason="needs steer-server[ray]")
 

@@ -9,7 +9,6 @@ import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
 from tests.e2e import readme, servers
 from tests.e2e.cases import direction
@@ -32,11 +31,6 @@ def server(tmp_path_factory, saes):
     )
     with servers.running(command, log) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model_dir):
-    return AutoTokenizer.from_pretrained(model_dir)
 
 
 def chat(server, steering=None, **settings):

@@ -1,7 +1,6 @@
 """Served numbers against the oracle, in the eager engine under pressure and in the compiled one."""
 
 import pytest
-from transformers import AutoTokenizer
 
 from tests.e2e import engines
 from tests.e2e.cases import PROMPTS, all_specs, direction, long_prompt, prompt_of
@@ -20,11 +19,6 @@ OTHER_SITES = {
     "blocks.18.mlp.hook_in",
     "blocks.18.hook_mlp_out",
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model_dir):
-    return AutoTokenizer.from_pretrained(model_dir)
 
 
 @pytest.fixture(scope="module")

@@ -32,13 +32,6 @@ ARCHITECTURES = {
 
 
 @pytest.fixture(scope="module")
-def tokenizer(model_dir):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model_dir)
-
-
-@pytest.fixture(scope="module")
 def network(model_dir):
     return ReferenceModel(str(model_dir))
 
